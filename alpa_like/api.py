@@ -1,0 +1,230 @@
+"""What users call. A straight line: trace, plan, lower, run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import jax
+
+from alpa_like.cluster import Cluster
+from alpa_like.errors import MethodError, PlanError, TraceError
+from alpa_like.methods import Method, ShardParallel
+from alpa_like.passes.lower import lower, state_shardings
+from alpa_like.passes.planner import make_plan
+from alpa_like.plan import Plan
+from alpa_like.runtime import session
+from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.session import EMULATED_DEVICES
+from alpa_like.tracer import Signature, Trace, bind, signature_of, trace
+
+__all__ = ["ParallelFunction", "create_state", "init", "parallelize", "shutdown"]
+
+logger = logging.getLogger("alpa_like")
+
+
+def init(cluster: Cluster | None = None, *, num_devices: int | None = None) -> None:
+    """Choose the devices that steps run on: all GPUs or TPUs, or 8 emulated devices where there is only a CPU.
+
+    cluster: what plans are made for by default; `Cluster.local()` if not given. num_devices: use the first so many.
+    Call it before anything else uses JAX. Raises `ClusterError` where there are fewer devices than asked for.
+    """
+    session.start(cluster, num_devices)
+
+
+def shutdown() -> None:
+    """End the session that `init` began; arrays stay valid."""
+    session.stop()
+
+
+class ParallelFunction:
+    """A function that runs in parallel; made by `parallelize`. One compilation per argument signature."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        method: Method,
+        donate_argnums: Literal["auto"] | tuple[int, ...],
+        batch_argnums: tuple[int, ...],
+        static_argnums: tuple[int, ...],
+    ) -> None:
+        self.fun, self.method = fun, method
+        self.donate_argnums, self.batch_argnums, self.static_argnums = donate_argnums, batch_argnums, static_argnums
+        self._last: tuple[tuple[Any, ...], Executable] | None = None
+        self._last_plan: tuple[Plan, Trace] | None = None
+        self._traces: dict[Signature, Trace] = {}
+        self._executables: dict[Signature, Executable] = {}
+        self._plans: dict[tuple[Signature, Cluster], Plan] = {}
+        functools.update_wrapper(self, fun)
+
+    @property
+    def last_executable(self) -> Executable | None:
+        """The executable that was compiled or called last."""
+        return self._last[1] if self._last else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function; traces, plans and compiles at the first call of a signature."""
+        if kwargs:
+            args = bind(self.fun, args, kwargs)
+        dynamic, static = self._split(args)
+        last = self._last
+        if last is not None and last[0] == static:
+            try:
+                return last[1].run(*dynamic)
+            except (TypeError, ValueError):
+                pass  # arguments of another signature, or not placed yet: nothing has run, go the long way
+        executable = self._executable(args)
+        self._last = (static, executable)
+        return executable(*dynamic)
+
+    def plan(self, *args: Any, cluster: Cluster | None = None, **kwargs: Any) -> Plan:
+        """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); uses no device if `cluster` is given."""
+        args = bind(self.fun, args, kwargs)
+        session.emulate(EMULATED_DEVICES)
+        signature = signature_of(args, self.static_argnums)
+        where = cluster or session.current().described()
+        traced = self._trace(signature, args)
+        if (signature, where) not in self._plans:
+            self._plans[(signature, where)] = make_plan(traced, where, self.method)
+        self._last_plan = (self._plans[(signature, where)], traced)
+        return self._last_plan[0]
+
+    def compile(self, *args: Any, plan: Plan | None = None, cluster: Cluster | None = None) -> Executable:
+        """An executable for these arguments, by `plan` or by a new one for `cluster`; runs on the devices here.
+
+        Raises `PlanError` for a plan of another program, or for another number of devices.
+        """
+        here = session.current()
+        signature = signature_of(args, self.static_argnums)
+        chosen = plan or self.plan(*args, cluster=cluster)
+        traced = self._trace(signature, args)
+        executable = Executable(traced, chosen, lower(traced, chosen, here.devices))
+        self._executables[signature] = executable
+        self._last, self._last_plan = (self._split(args)[1], executable), (chosen, traced)
+        return executable
+
+    def state_shardings(self, state: Any) -> Any:
+        """Where the last plan places an argument with the tree and shapes of `state`, as `NamedSharding`s."""
+        if self._last_plan is None:
+            raise PlanError(
+                f"{self.__name__} has no plan yet; call {self.__name__}.compile(jax.eval_shape(init_fn), batch) first"
+            )
+        plan, traced = self._last_plan
+        return state_shardings(traced, plan, session.current().devices, state)
+
+    def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        if not self.static_argnums:
+            return args, ()
+        dynamic = tuple(a for i, a in enumerate(args) if i not in self.static_argnums)
+        return dynamic, tuple(a for i, a in enumerate(args) if i in self.static_argnums)
+
+    def _trace(self, signature: Signature, args: Sequence[Any]) -> Trace:
+        if signature not in self._traces:
+            self._traces[signature] = trace(
+                self.fun,
+                args,
+                donate_argnums=self.donate_argnums,
+                batch_argnums=self.batch_argnums,
+                static_argnums=self.static_argnums,
+            )
+        return self._traces[signature]
+
+    def _executable(self, args: tuple[Any, ...]) -> Executable:
+        signature = signature_of(args, self.static_argnums)
+        if signature not in self._executables:
+            if self._executables:
+                logger.warning("%s: %s; compiling again", self.__name__, self._change(signature))
+            self.compile(*args)
+        return self._executables[signature]
+
+    def _change(self, signature: Signature) -> str:
+        """What differs from the signature compiled last."""
+        last = list(self._executables)[-1]
+        if last.static != signature.static:
+            return f"static arguments changed from {last.static} to {signature.static}"
+        if last.tree != signature.tree:
+            return "the tree of the arguments changed"
+        leaves = zip(self._traces[last].arguments, last.leaves, signature.leaves, strict=True)
+        name, old, new = next((leaf.path, a, b) for leaf, a, b in leaves if a != b)
+        return f"argument {name} changed from {old[1]}{list(old[0])} to {new[1]}{list(new[0])}"
+
+
+@overload
+def parallelize(fun: Callable[..., Any]) -> ParallelFunction: ...
+@overload
+def parallelize(
+    fun: None = None,
+    *,
+    method: Method | None = None,
+    donate_argnums: Literal["auto"] | int | Sequence[int] = "auto",
+    batch_argnums: int | Sequence[int] = (1,),
+    static_argnums: int | Sequence[int] = (),
+) -> Callable[[Callable[..., Any]], ParallelFunction]: ...
+@overload
+def parallelize(
+    fun: Callable[..., Any],
+    *,
+    method: Method | None = None,
+    donate_argnums: Literal["auto"] | int | Sequence[int] = "auto",
+    batch_argnums: int | Sequence[int] = (1,),
+    static_argnums: int | Sequence[int] = (),
+) -> ParallelFunction: ...
+def parallelize(
+    fun: Callable[..., Any] | None = None,
+    *,
+    method: Method | None = None,
+    donate_argnums: Literal["auto"] | int | Sequence[int] = "auto",
+    batch_argnums: int | Sequence[int] = (1,),
+    static_argnums: int | Sequence[int] = (),
+) -> ParallelFunction | Callable[[Callable[..., Any]], ParallelFunction]:
+    """Run a function written for one device on all devices; results are those of `jax.jit`.
+
+    method: what the planner may choose, `ShardParallel()` if not given.
+    donate_argnums: arguments whose memory results may take; "auto" donates those that come back as results with
+        the same tree, shapes and dtypes (the state).
+    batch_argnums: arguments whose leaves have the batch as dim 0.
+    static_argnums: arguments that are no arrays; a change compiles again.
+
+    Usable as `@parallelize`, `@parallelize(method=…)` and `parallelize(fun, …)`.
+    """
+    if fun is None:
+        return functools.partial(
+            parallelize,
+            method=method,
+            donate_argnums=donate_argnums,
+            batch_argnums=batch_argnums,
+            static_argnums=static_argnums,
+        )
+    if not callable(fun):
+        raise TraceError(f"parallelize needs a function, found {fun!r}; options go by name, as in method=...")
+    if method is not None and not isinstance(method, Method):
+        raise MethodError(f"method must be a value such as ShardParallel(), found {method!r}")
+    return ParallelFunction(
+        fun,
+        method or ShardParallel(),
+        donate_argnums if donate_argnums == "auto" else _argnums(donate_argnums, "donate_argnums"),
+        _argnums(batch_argnums, "batch_argnums"),
+        _argnums(static_argnums, "static_argnums"),
+    )
+
+
+def _argnums(given: int | Sequence[int] | str, name: str) -> tuple[int, ...]:
+    numbers = (given,) if isinstance(given, int) else tuple(given)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise MethodError(f"{name} must be argument numbers from 0 on, found {given!r}")
+    return tuple(int(n) for n in numbers)
+
+
+def create_state(
+    init_fn: Callable[..., Any], *args: Any, like: ParallelFunction | Executable
+) -> Any:
+    """`init_fn(*args)`, born sharded as the plan of `like` wants it: no device ever holds the whole.
+
+    `like` must have been planned, compiled or called. Raises `PlanError` where it was not, or where it takes no
+    argument with the tree and shapes that `init_fn` returns.
+    """
+    shapes = jax.eval_shape(init_fn, *args)
+    shardings = like.state_shardings(shapes)
+    return jax.jit(init_fn, out_shardings=shardings)(*args)

@@ -1,0 +1,280 @@
+"""What the planner may choose: frozen values, one class per parallel method, with Alpa's names.
+
+All methods run the same search; each forbids something.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from alpa_like.errors import MethodError
+from alpa_like.graph import meets_batch
+from alpa_like.plan import Spec
+from alpa_like.tracer import Trace
+
+__all__ = [
+    "DataParallel",
+    "ManualParallel",
+    "Method",
+    "ShardParallel",
+    "Zero2Parallel",
+    "Zero3Parallel",
+]
+
+AXIS_NAMES = ("x", "y", "z")
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a method asks of a traced step on a mesh, by tensor number; see `passes.intra.Restrictions`."""
+
+    tensors: Mapping[int, Spec] = field(default_factory=dict)
+    spread: frozenset[int] = frozenset()
+    batch: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Options that all methods share.
+
+    mesh_shape: "auto" tries every factorization of the number of devices into at most three axes.
+    axis_names: names of the mesh axes; "x", "y", "z" where not given.
+    memory_budget_bytes: per device; the memory of the cluster's devices where not given.
+    solver: "auto", "HiGHS" or "CBC". time_limit_s: for the solver, per mesh shape.
+    """
+
+    mesh_shape: Literal["auto"] | tuple[int, ...] = "auto"
+    axis_names: tuple[str, ...] | None = None
+    memory_budget_bytes: float | None = None
+    solver: Literal["auto", "HiGHS", "CBC"] = "auto"
+    time_limit_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.mesh_shape != "auto":
+            shape = tuple(self.mesh_shape)
+            if not 1 <= len(shape) <= 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise MethodError(f"mesh_shape must be 'auto' or 1 to 3 positive whole numbers, found {self.mesh_shape!r}")
+            object.__setattr__(self, "mesh_shape", shape)
+        if self.axis_names is not None and len(set(self.axis_names)) != len(self.axis_names):
+            raise MethodError(f"axis_names must differ from each other, found {self.axis_names}")
+        if self.memory_budget_bytes is not None and not self.memory_budget_bytes > 0:
+            raise MethodError(f"memory_budget_bytes must be above 0, found {self.memory_budget_bytes}")
+        if not self.time_limit_s > 0:
+            raise MethodError(f"time_limit_s must be above 0, found {self.time_limit_s}")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def names(self, mesh_shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The axis names of a mesh."""
+        names = self.axis_names or AXIS_NAMES[: len(mesh_shape)]
+        if len(names) != len(mesh_shape):
+            raise MethodError(f"mesh {mesh_shape} has {len(mesh_shape)} axes, but axis_names are {names}")
+        return tuple(names)
+
+    def mesh_shapes(self, devices: int) -> tuple[tuple[int, ...], ...]:
+        """The mesh shapes to try on so many devices."""
+        if self.mesh_shape == "auto":
+            shapes = _factorizations(devices)
+            return tuple(s for s in shapes if self.axis_names is None or len(s) == len(self.axis_names))
+        if math.prod(self.mesh_shape) != devices:
+            raise MethodError(
+                f"mesh_shape {self.mesh_shape} needs {math.prod(self.mesh_shape)} devices, but there are {devices}; "
+                f"choose sizes whose product is {devices}, or 'auto'"
+            )
+        return (self.mesh_shape,)
+
+    def requirements(self, trace: Trace, mesh_shape: tuple[int, ...]) -> Requirements:
+        """What this method forbids on a mesh."""
+        del trace, mesh_shape
+        return Requirements()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardParallel(Method):
+    """The optimal sharding of every tensor, on the best mesh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BatchParallel(Method):
+    """Only the batch is split; subclasses say how parameters and optimizer state are stored."""
+
+    mesh_shape: Literal["auto"] | tuple[int, ...] = "auto"
+
+    def mesh_shapes(self, devices: int) -> tuple[tuple[int, ...], ...]:
+        if self.mesh_shape == "auto":
+            return ((devices,),)
+        return super().mesh_shapes(devices)
+
+    def requirements(self, trace: Trace, mesh_shape: tuple[int, ...]) -> Requirements:
+        graph = trace.graph
+        batch = frozenset(graph.arguments[i] for i in trace.batch if trace.arguments[i].shape)
+        if not batch:
+            raise MethodError(
+                f"{self.name} splits the batch, but {trace.name} has no batch argument with dims; "
+                "name it in batch_argnums"
+            )
+        every = tuple(range(len(mesh_shape)))
+        tensors: dict[int, Spec] = {}
+        for i in trace.batch:
+            shape = trace.arguments[i].shape
+            if shape and shape[0] % math.prod(mesh_shape) == 0:
+                tensors[graph.arguments[i]] = (every, *((),) * (len(shape) - 1))
+        whole, spread = self.state(trace)
+        tensors |= {graph.arguments[i]: ((),) * len(trace.arguments[i].shape) for i in whole}
+        return Requirements(tensors, frozenset(graph.arguments[i] for i in spread), batch)
+
+    def state(self, trace: Trace) -> tuple[list[int], list[int]]:
+        """Flat arguments that every device holds whole, and those that are spread over all devices."""
+        raise NotImplementedError
+
+
+def _kept(trace: Trace) -> list[int]:
+    return [i for i in range(len(trace.arguments)) if i not in trace.batch]
+
+
+def _parameters(trace: Trace) -> set[int]:
+    """The flat arguments that anything of the forward or backward pass reads: computes with a batch dim."""
+    graph = trace.graph
+    read = meets_batch(graph, frozenset(graph.arguments[i] for i in trace.batch))
+    return {i for i in _kept(trace) if graph.arguments[i] in read}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallel(_BatchParallel):
+    """Every device holds the whole state and computes on its part of the batch."""
+
+    def state(self, trace: Trace) -> tuple[list[int], list[int]]:
+        return _kept(trace), []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero2Parallel(_BatchParallel):
+    """Data parallel with gradients and optimizer state spread over the devices (ZeRO stage 2)."""
+
+    def state(self, trace: Trace) -> tuple[list[int], list[int]]:
+        parameters = _parameters(trace)
+        return sorted(parameters), [i for i in _kept(trace) if i not in parameters]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero3Parallel(_BatchParallel):
+    """Data parallel with parameters, gradients and optimizer state spread over the devices (ZeRO stage 3, FSDP)."""
+
+    def state(self, trace: Trace) -> tuple[list[int], list[int]]:
+        return [], _kept(trace)
+
+
+@dataclass(frozen=True)
+class ManualParallel(Method):
+    """Shardings by hand; everything left `None` is chosen by the solver.
+
+    in_specs: one entry per argument (static ones not counted): a `PartitionSpec`, a pytree prefix of them, or None.
+    out_specs: the same for the result. constraints: `PartitionSpec`s for what ops make, by a pattern over the
+    op's name such as `"*/h*/mlp/up/dot_general"` (`fnmatch` rules; the plan's warnings list patterns without match).
+    A spec names mesh axes by `axis_names`; `P()` means whole.
+    """
+
+    in_specs: Any = None
+    out_specs: Any = None
+    constraints: Mapping[str, PartitionSpec] | None = None
+
+    def requirements(self, trace: Trace, mesh_shape: tuple[int, ...]) -> Requirements:
+        names, graph = self.names(mesh_shape), trace.graph
+        tensors: dict[int, Spec] = {}
+        sides = ((self.in_specs, trace.in_tree, trace.arguments), (self.out_specs, trace.out_tree, trace.results))
+        for (given, tree, leaves), ids in zip(sides, (graph.arguments, graph.results), strict=True):
+            for number, spec in enumerate(_broadcast(given, tree)):
+                if spec is not None:
+                    leaf = leaves[number]
+                    tensors[ids[number]] = to_spec(spec, names, leaf.path, leaf.shape, mesh_shape)
+        for pattern, spec in (self.constraints or {}).items():
+            for op in graph.ops:
+                if fnmatch.fnmatchcase(op.source, pattern):
+                    for t in op.results:
+                        shape = graph.tensors[t].shape
+                        tensors[t] = to_spec(spec, names, f"constraint {pattern!r}", shape, None)
+        return Requirements(tensors)
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, PartitionSpec | NamedSharding)
+
+
+def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
+    """One spec per leaf from a pytree prefix of specs."""
+    if given is None:
+        return [None] * tree.num_leaves
+    full = jax.tree_util.tree_unflatten(tree, range(tree.num_leaves))
+    if isinstance(given, Sequence) and not _is_spec(given) and isinstance(full, tuple):
+        given = tuple(given)
+    try:
+        found = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: (spec,), part), given, full, is_leaf=_is_spec
+        )
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"the specs are no prefix of the arguments or results: {error}") from None
+    flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1 and _is_spec(x[0]))
+    if len(flat) != tree.num_leaves:
+        raise MethodError(f"expected specs for {tree.num_leaves} leaves, found {len(flat)}")
+    return [_as_partition(entry[0]) for entry in flat]
+
+
+def _as_partition(spec: Any) -> PartitionSpec | None:
+    return spec.spec if isinstance(spec, NamedSharding) else spec
+
+
+def to_spec(
+    spec: PartitionSpec,
+    names: tuple[str, ...],
+    where: str,
+    shape: tuple[int, ...],
+    divide: tuple[int, ...] | None,
+) -> Spec:
+    """A `PartitionSpec` in numbers. Raises `MethodError` for unknown or repeated axes, too many dims, uneven dims."""
+    if len(spec) > len(shape):
+        raise MethodError(f"{where}: {spec} has {len(spec)} entries, but the tensor has shape {shape}")
+    found: list[tuple[int, ...]] = []
+    for entry in (*spec, *(None,) * (len(shape) - len(spec))):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        unknown = [a for a in axes if a not in names]
+        if unknown:
+            raise MethodError(f"{where}: {spec} names axis {unknown[0]!r}, but the mesh has axes {names}")
+        found.append(tuple(names.index(str(a)) for a in axes))
+    used = [a for axes in found for a in axes]
+    if len(set(used)) < len(used):
+        raise MethodError(f"{where}: {spec} uses one mesh axis twice; each axis can split one dim only")
+    if any(axes != tuple(sorted(axes)) for axes in found):
+        raise MethodError(f"{where}: {spec} must list the axes of one dim in the order of the mesh, {names}")
+    for dim, axes in enumerate(found if divide else ()):
+        parts = math.prod(divide[a] for a in axes) if divide else 1
+        if shape[dim] % parts:
+            raise MethodError(
+                f"{where}: dim {dim} of shape {shape} is to be split over {parts} devices by {spec}, "
+                "which does not divide it"
+            )
+    return tuple(found)
+
+
+def _factorizations(devices: int, axes: int = 3) -> list[tuple[int, ...]]:
+    """Every mesh of up to `axes` axes of 2 or more devices each, fewest axes first."""
+    found: list[tuple[int, ...]] = [(devices,)]
+    for count in range(2, axes + 1):
+        found.extend(_products(devices, count))
+    return found
+
+
+def _products(devices: int, count: int) -> list[tuple[int, ...]]:
+    if count == 1:
+        return [(devices,)] if devices > 1 else []
+    return [
+        (n, *rest) for n in range(2, devices) if devices % n == 0 for rest in _products(devices // n, count - 1)
+    ]

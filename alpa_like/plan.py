@@ -1,0 +1,361 @@
+"""`Plan`: every decision about one step, as one value that people read, save, compare, edit and load.
+
+A plan needs no device and no solver: the same program with the same plan compiles to the same executable.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from alpa_like.cluster import Cluster
+from alpa_like.errors import AlpaError, PlanError
+
+__all__ = ["Pin", "Placed", "Plan", "Predicted", "SolverReport", "Spec", "StagePlan", "partition_spec", "spec_text"]
+
+FORMAT = 1
+
+Spec = tuple[tuple[int, ...], ...]
+"""Mesh axes per dim of a tensor, major to minor: `((0,), (), (1, 2))`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An argument or result of a stage and how it is sharded."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A layout that the plan enforces at operand or result number `port` of op `op` of the operator graph.
+
+    `path` are the layouts that the tensor takes one after the other; the last is the one the op sees, or that
+    its readers see. Example: `Pin(17, 0, False, (((0,), ()), ((), ())))` gathers operand 0 of op 17.
+    """
+
+    op: int
+    port: int
+    result: bool
+    path: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What the cost model says of one step. `traffic_bytes` are sent per device, by kind of collective."""
+
+    step_time_s: float
+    compute_time_s: float
+    communication_time_s: float
+    traffic_bytes: dict[str, float]
+    peak_memory_bytes: float
+
+    @property
+    def total_traffic_bytes(self) -> float:
+        return sum(self.traffic_bytes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SolverReport:
+    """How the plan was found. `gap` is the share by which the step time could at most be better within the model."""
+
+    status: str
+    gap: float
+    seconds: float
+    variables: int
+    solver: str
+    considered: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What one mesh runs. `devices` are the first device of the cluster and how many follow row-major."""
+
+    name: str
+    mesh_shape: tuple[int, ...]
+    axis_names: tuple[str, ...]
+    devices: tuple[int, int]
+    inputs: tuple[Placed, ...]
+    outputs: tuple[Placed, ...]
+    pins: tuple[Pin, ...]
+
+    def verify(self) -> None:
+        """Raise `PlanError` where a spec names an unknown axis, uses one twice, or does not divide its dim."""
+        if len(self.axis_names) != len(self.mesh_shape) or len(set(self.axis_names)) != len(self.axis_names):
+            raise PlanError(f"stage {self.name}: mesh {self.mesh_shape} needs one name per axis, found {self.axis_names}")
+        if math.prod(self.mesh_shape) != self.devices[1]:
+            raise PlanError(f"stage {self.name}: mesh {self.mesh_shape} does not have {self.devices[1]} devices")
+        for placed in (*self.inputs, *self.outputs):
+            self._verify_spec(placed.spec, f"{placed.path} of shape {placed.shape}", len(placed.shape))
+            for dim, axes in enumerate(placed.spec):
+                parts = math.prod(self.mesh_shape[a] for a in axes)
+                if placed.shape[dim] % parts:
+                    raise PlanError(
+                        f"stage {self.name}: dim {dim} of {placed.path} has {placed.shape[dim]} elements, which "
+                        f"{parts} devices do not divide; choose another axis or none for this dim"
+                    )
+        for pin in self.pins:
+            for spec in pin.path:
+                self._verify_spec(spec, f"op {pin.op}, {'result' if pin.result else 'operand'} {pin.port}", len(spec))
+
+    def _verify_spec(self, spec: Spec, what: str, rank: int) -> None:
+        used = [a for axes in spec for a in axes]
+        if len(spec) != rank:
+            raise PlanError(f"stage {self.name}: {what} has a spec of {len(spec)} dims, expected {rank}")
+        if len(set(used)) < len(used) or not set(used) <= set(range(len(self.mesh_shape))):
+            raise PlanError(
+                f"stage {self.name}: the spec {spec} of {what} must use each of the axes 0 to "
+                f"{len(self.mesh_shape) - 1} at most once"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Invariant: `verify()` holds. A plan without pipelining has one stage.
+
+    >>> plan = train_step.plan(state, batch, cluster=alpa.Cluster.dgx_a100())      # doctest: +SKIP
+    >>> plan.shardings["state.params['head']['kernel']"]                           # doctest: +SKIP
+    PartitionSpec(None, 'x')
+    """
+
+    function: str
+    program: str
+    method: str
+    cluster: Cluster
+    stages: tuple[StagePlan, ...]
+    predicted: Predicted
+    solver: SolverReport
+    warnings: tuple[str, ...] = ()
+    format: int = field(default=FORMAT, repr=False)
+
+    def verify(self) -> Plan:
+        """This plan, or `PlanError` where it breaks a rule."""
+        if not self.stages:
+            raise PlanError("a plan needs at least one stage")
+        for stage in self.stages:
+            stage.verify()
+            first, count = stage.devices
+            if first < 0 or first + count > self.cluster.num_devices:
+                raise PlanError(
+                    f"stage {stage.name} uses devices {first} to {first + count - 1}, "
+                    f"but {self.cluster.name} has {self.cluster.num_devices}"
+                )
+        return self
+
+    @property
+    def mesh_shape(self) -> tuple[int, ...]:
+        """The mesh of the first stage."""
+        return self.stages[0].mesh_shape
+
+    @property
+    def shardings(self) -> dict[str, PartitionSpec]:
+        """How every argument and result is sharded, by its path in the pytree."""
+        return {
+            p.path: partition_spec(p.spec, s.axis_names) for s in self.stages for p in (*s.inputs, *s.outputs)
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        target = Path(path)
+        text = json.dumps(_to_json(self), indent=1)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan that `save` wrote. Raises `PlanError` for a file that is cut short, of another version, or no plan."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"the plan file {path} can't be read: {error.strerror}") from None
+        except ValueError as error:
+            raise PlanError(f"{path} is no complete plan file ({error}); save the plan again") from None
+        return _from_json(data, str(path)).verify()
+
+    def diff(self, other: Plan) -> str:
+        """What `other` decides differently, one line each; empty where both decide the same."""
+        return "\n".join(_differences(self, other))
+
+    def __str__(self) -> str:
+        return "\n".join(_describe(self))
+
+    def _repr_html_(self) -> str:
+        rows = [row for stage in self.stages for row in _rows(stage)]
+        table = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+        head = "<br>".join(html.escape(line) for line in _header(self))
+        titles = "".join(f"<th>{t}</th>" for t in ("tensor", "count", "shape", "sharding", "per device"))
+        return f"<div><p>{head}</p><table><tr>{titles}</tr>{table}</table></div>"
+
+
+def partition_spec(spec: Spec, axis_names: tuple[str, ...]) -> PartitionSpec:
+    """JAX's form of a spec, without trailing `None`s."""
+    entries = [_entry(tuple(axis_names[a] for a in axes)) for axes in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return (names[0] if len(names) == 1 else names) if names else None
+
+
+def spec_text(spec: Spec, axis_names: tuple[str, ...]) -> str:
+    """A short form for people: `[x, -, yz]`."""
+    return "[" + ", ".join("".join(axis_names[a] for a in axes) or "-" for axes in spec) + "]"
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+def _seconds(s: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if s >= size:
+            return f"{s / size:.3g} {unit}"
+    return f"{s * 1e6:.3g} us"
+
+
+def _header(plan: Plan) -> list[str]:
+    p, s = plan.predicted, plan.solver
+    traffic = ", ".join(f"{k} {_bytes(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
+    lines = [
+        f"Plan of {plan.function} by {plan.method} for {plan.cluster}",
+        f"step {_seconds(p.step_time_s)} = compute {_seconds(p.compute_time_s)} + "
+        f"communication {_seconds(p.communication_time_s)}, peak memory {_bytes(p.peak_memory_bytes)} per device",
+        f"traffic per device {_bytes(p.total_traffic_bytes)} ({traffic})",
+        f"solver {s.solver} {s.status}, gap {s.gap:.2g}, {s.variables} variables, {s.seconds:.2f} s",
+    ]
+    if len(s.considered) > 1:
+        lines.append("meshes " + ", ".join(f"{name} {_seconds(t) if t < math.inf else '-'}" for name, t in s.considered))
+    return lines + [f"warning: {w}" for w in plan.warnings]
+
+
+def _describe(plan: Plan) -> Iterator[str]:
+    yield from _header(plan)
+    for stage in plan.stages:
+        axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
+        yield f"stage {stage.name} on {stage.devices[1]} devices, mesh ({axes}), {len(stage.pins)} layouts pinned inside"
+        rows = [("tensor", "count", "shape", "sharding", "per device"), *_rows(stage)]
+        widths = [max(len(r[c]) for r in rows) for c in range(5)]
+        for row in rows:
+            yield "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+
+
+def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
+    """One row for all tensors that differ in numbers of their path only."""
+    merged: dict[tuple[str, str, str, str], int] = {}
+    returned = {(p.shape, p.dtype, p.spec) for p in stage.inputs}
+    for number, p in enumerate((*stage.inputs, *stage.outputs)):
+        if number >= len(stage.inputs) and (p.shape, p.dtype, p.spec) in returned and len(stage.outputs) > 8:
+            continue  # results of the state mirror its arguments
+        parts = [math.prod(stage.mesh_shape[a] for a in axes) for axes in p.spec]
+        mine = math.prod(size // n for size, n in zip(p.shape, parts, strict=True)) * _itemsize(p.dtype)
+        key = (
+            re.sub(r"\d+", "*", p.path),
+            f"{p.dtype}[{','.join(map(str, p.shape))}]",
+            spec_text(p.spec, stage.axis_names),
+            _bytes(mine),
+        )
+        merged[key] = merged.get(key, 0) + 1
+    return [(k[0], str(n), *k[1:]) for k, n in merged.items()]
+
+
+def _itemsize(dtype: str) -> float:
+    digits = re.search(r"(\d+)", dtype)
+    return max(1.0, int(digits[1]) / 8) if digits else 1.0
+
+
+def _differences(left: Plan, right: Plan) -> Iterator[str]:
+    if left.program != right.program:
+        yield f"program: {left.program} -> {right.program}"
+    for name in ("method", "mesh_shape"):
+        if getattr(left, name) != getattr(right, name):
+            yield f"{name}: {getattr(left, name)} -> {getattr(right, name)}"
+    if left.cluster != right.cluster:
+        yield f"cluster: {left.cluster} -> {right.cluster}"
+    a, b = left.predicted.step_time_s, right.predicted.step_time_s
+    if a != b:
+        yield f"step time: {_seconds(a)} -> {_seconds(b)}"
+    mine, theirs = left.shardings, right.shardings
+    for path in [*mine, *(p for p in theirs if p not in mine)]:
+        if mine.get(path) != theirs.get(path):
+            yield f"{path}: {mine.get(path)} -> {theirs.get(path)}"
+    if all(a.pins != b.pins for a, b in zip(left.stages, right.stages, strict=False)):
+        changed = sum(len(set(a.pins) ^ set(b.pins)) for a, b in zip(left.stages, right.stages, strict=False))
+        yield f"layouts inside the step: {changed} pins differ"
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
+    data = asdict(replace(plan, cluster=None))  # pyright: ignore[reportArgumentType]
+    data["cluster"] = plan.cluster.to_json()
+    for stage in data["stages"]:
+        stage["pins"] = [[p["op"], p["port"], p["result"], p["path"]] for p in stage["pins"]]
+    return data
+
+
+def _from_json(data: Any, where: str) -> Plan:
+    if not isinstance(data, dict) or "format" not in data:
+        raise PlanError(f"{where} is no plan file: expected a JSON object with a 'format'")
+    if data["format"] != FORMAT:
+        raise PlanError(
+            f"{where} is a plan of format {data['format']}, this version reads format {FORMAT}; plan the step again"
+        )
+    try:
+        return Plan(
+            **{
+                **data,
+                "cluster": Cluster.from_json(data["cluster"]),
+                "stages": tuple(_stage(s) for s in data["stages"]),
+                "predicted": Predicted(**data["predicted"]),
+                "solver": SolverReport(
+                    **{**data["solver"], "considered": tuple((n, t) for n, t in data["solver"]["considered"])}
+                ),
+                "warnings": tuple(data["warnings"]),
+            }
+        )
+    except AlpaError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{where} is no complete plan ({type(error).__name__}: {error}); save the plan again") from None
+
+
+def _stage(data: dict[str, Any]) -> StagePlan:
+    def placed(p: dict[str, Any]) -> Placed:
+        return Placed(p["path"], tuple(p["shape"]), p["dtype"], _spec(p["spec"]))
+
+    return StagePlan(
+        data["name"],
+        tuple(data["mesh_shape"]),
+        tuple(data["axis_names"]),
+        (data["devices"][0], data["devices"][1]),
+        tuple(placed(p) for p in data["inputs"]),
+        tuple(placed(p) for p in data["outputs"]),
+        tuple(Pin(op, port, result, tuple(_spec(s) for s in path)) for op, port, result, path in data["pins"]),
+    )
+
+
+def _spec(dims: Any) -> Spec:
+    return tuple(tuple(int(a) for a in axes) for axes in dims)

@@ -1,0 +1,49 @@
+"""Models in plain flax and optax, and the tasks that train them. None of them mentions devices."""
+
+from alpa_like.models.bert import Bert, BertConfig
+from alpa_like.models.gpt import GPT, GPTConfig
+from alpa_like.models.llama import Llama, LlamaConfig
+from alpa_like.models.mlp import MLP, MLPConfig
+from alpa_like.models.moe import MoE, MoEConfig
+from alpa_like.models.resnet import ResNet, ResNetConfig
+from alpa_like.models.tasks import (
+    BatchNormState,
+    DropoutState,
+    Task,
+    bert_task,
+    cross_entropy,
+    facts_gpt,
+    gpt_task,
+    llama_task,
+    mlp_task,
+    moe_task,
+    resnet_task,
+    small_tasks,
+)
+
+__all__ = [
+    "GPT",
+    "MLP",
+    "BatchNormState",
+    "Bert",
+    "BertConfig",
+    "DropoutState",
+    "GPTConfig",
+    "Llama",
+    "LlamaConfig",
+    "MLPConfig",
+    "MoE",
+    "MoEConfig",
+    "ResNet",
+    "ResNetConfig",
+    "Task",
+    "bert_task",
+    "cross_entropy",
+    "facts_gpt",
+    "gpt_task",
+    "llama_task",
+    "mlp_task",
+    "moe_task",
+    "resnet_task",
+    "small_tasks",
+]

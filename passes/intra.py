@@ -1,0 +1,383 @@
+"""The sharding of one stage: builds the `AssignmentProblem` of a graph on a mesh, solves it, reads the answer.
+
+Nodes
+    one per group of tensors (`passes.groups`), choices = layouts (each mesh axis on a dim or on none);
+    one per op that does more than carry a layout along, choices = strategies (each mesh axis to a factor or
+    to none).
+
+Costs, in seconds of one step
+    group      memory traffic of the element-wise ops in it, by elements per device
+    op         roofline of one device's share, padding included; work that is not split is done by all
+    op–group   reshard between what the strategy needs (or makes, partial sums included) and the layout
+    copy       reshard between two versions of one tensor. A shared copy never takes less memory than its
+               source (its readers slice for themselves), so what it takes more is a difference of two terms
+
+Memory: every tensor that is materialized takes its share from where it is made to its last use.
+
+Contract
+    Input: `Groups`, a `CostModel`, `Restrictions`. Output: `ShardingProblem`, `decode` → `Decision`.
+    Raises: `PlanError` where restrictions leave a tensor or an op no choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from alpa_like.cost import CostModel
+from alpa_like.errors import PlanError
+from alpa_like.graph import Op, OpGraph, Rule, batch_dims, dtype_bits
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage, add_pair
+from alpa_like.passes.groups import Copy, Groups, Member, Port, wide_dims
+from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
+from alpa_like.passes.liveness import Liveness
+
+__all__ = ["Decision", "Restrictions", "ShardingProblem", "Spec", "build"]
+
+Spec = tuple[tuple[int, ...], ...]
+"""Mesh axes per dim of a tensor, major to minor."""
+
+_FREE_OPS = frozenset(
+    f"stablehlo.{n}" for n in ("broadcast_in_dim", "reshape", "slice", "pad", "concatenate", "reverse")
+) | {"enter", "yield", "branch", "barrier"}
+"""Ops that are fused into their users, or only move a name."""
+
+_TIE_BREAK_S_PER_BYTE = 1e-21
+"""Prefers the smaller of two layouts that cost the same: 1e-9 s per TB is below any real cost."""
+
+
+@dataclass(frozen=True)
+class Restrictions:
+    """What a method forbids. Everything not named is free.
+
+    `tensors` gives the layout that a tensor must have; `spread` are tensors that must be split over every
+    axis where their dims allow it; `batch` are tensors with dim 0 the batch: if given, ops that compute on
+    something with a batch dim may split that dim only.
+    """
+
+    tensors: Mapping[int, Spec] = field(default_factory=dict)
+    spread: frozenset[int] = frozenset()
+    batch: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The solution in terms of the program: a state per version of a tensor, a strategy per node op.
+
+    States speak of wide dims. `strategies[op][axis]` is the factor that the axis splits, or `WHOLE`.
+    """
+
+    layouts: dict[tuple[int, str], State]
+    strategies: dict[int, tuple[int, ...]]
+
+
+def wide_state(spec: Spec, shape: tuple[int, ...], axes: int) -> State:
+    """The state of a spec over all dims. Axes on a dim of one element split nothing and are dropped."""
+    place = {d: k for k, d in enumerate(wide_dims(shape))}
+    state = [WHOLE] * axes
+    for dim, names in enumerate(spec):
+        for axis in names:
+            state[axis] = place.get(dim, WHOLE)
+    return tuple(state)
+
+
+def spec_of(state: State, shape: tuple[int, ...]) -> Spec:
+    """The spec of a state over wide dims; partial sums are left out."""
+    spec: list[tuple[int, ...]] = [() for _ in shape]
+    for k, dim in enumerate(wide_dims(shape)):
+        spec[dim] = tuple(axis for axis, place in enumerate(state) if place == k)
+    return tuple(spec)
+
+
+@dataclass
+class ShardingProblem:
+    """The problem, and what its nodes and choices mean: first all groups, then all node ops."""
+
+    problem: AssignmentProblem
+    groups: Groups
+    choices: list[list[State]]
+    compute: tuple[Costs, ...]
+
+    def decode(self, choice: tuple[int, ...]) -> Decision:
+        states = [c[x] for c, x in zip(self.choices, choice, strict=True)]
+        layouts = {key: _place(m, states[m.group]) for key, m in self.groups.members.items()}
+        first = len(self.groups.shapes)
+        return Decision(layouts, {op: states[first + i] for i, op in enumerate(self.groups.nodes)})
+
+    def compute_s(self, choice: tuple[int, ...]) -> float:
+        """The part of the objective that is not communication."""
+        return sum(float(c[x]) for c, x in zip(self.compute, choice, strict=True))
+
+
+def build(groups: Groups, cost: CostModel, liveness: Liveness, restrictions: Restrictions) -> ShardingProblem:
+    return _Builder(groups, cost, liveness, restrictions).build()
+
+
+def _place(member: Member, state: State) -> State:
+    """The state of a tensor whose group is in `state`."""
+    where = {group_dim: k for k, group_dim in enumerate(member.dims)}
+    return tuple(where[p] if p >= 0 else p for p in state)
+
+
+@dataclass
+class _Builder:
+    groups: Groups
+    cost: CostModel
+    liveness: Liveness
+    restrictions: Restrictions
+    spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
+    cache: dict[object, Costs] = field(default_factory=dict)
+    lists: dict[object, list[State]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.graph: OpGraph = self.groups.graph
+        self.mesh = self.cost.mesh_shape
+        self.batch_dims = batch_dims(self.graph, self.restrictions.batch)
+
+    def build(self) -> ShardingProblem:
+        domains = [self.domain(g) for g in range(len(self.groups.shapes))]
+        strategies = [self.strategies(self.graph.ops[op]) for op in self.groups.nodes]
+        group_costs = [self.group_costs(g, domain) for g, domain in enumerate(domains)]
+        op_costs = [
+            self.op_costs(self.graph.ops[op], s) for op, s in zip(self.groups.nodes, strategies, strict=True)
+        ]
+        pairs = self.pairs(domains, strategies)
+        names = (*(f"group {g}" for g in range(len(domains))), *(f"op {op}" for op in self.groups.nodes))
+        unary = (*group_costs, *op_costs)
+        problem = AssignmentProblem(unary, pairs, self.usages(domains), names=names)
+        return ShardingProblem(problem, self.groups, [*domains, *strategies], unary)
+
+    # ------------------------------------------------------------------------------------------- choices
+
+    def space(self, shape: tuple[int, ...], bits: int, combined: bool = True) -> TensorSpace:
+        key = (shape, bits, combined)
+        if key not in self.spaces:
+            self.spaces[key] = TensorSpace(*key, self.cost)
+        return self.spaces[key]
+
+    def tensor_space(self, tensor: int) -> TensorSpace:
+        t = self.graph.tensors[tensor]
+        shape = tuple(t.shape[d] for d in wide_dims(t.shape))
+        return self.space(shape, dtype_bits(t.dtype), tensor not in self.liveness.waiting)
+
+    def domain(self, group: int) -> list[State]:
+        """The layouts that a group may take. Arguments and results divide evenly, as JAX demands."""
+        shape = self.groups.shapes[group]
+        members = self.groups.by_group[group]
+        required = {self.required(m) for m in members if m.tensor in self.restrictions.tensors and m.version != "out"}
+        stored = any(m.tensor in self.liveness.stored and m.version in ("home", "out") for m in members)
+        spread = any(m.tensor in self.restrictions.spread and m.version == "home" for m in members)
+        key = (shape, frozenset(required), stored, spread)
+        if key not in self.lists:
+            self.lists[key] = self.allowed(shape, required, stored, spread)
+        if not self.lists[key]:
+            raise PlanError(self.conflict(members))
+        return self.lists[key]
+
+    def allowed(self, shape: tuple[int, ...], required: set[State], stored: bool, spread: bool) -> list[State]:
+        space = self.space(shape, 32)
+        found = [s for s in states_of(len(shape), self.mesh, partial=False) if space.possible(s)]
+        if stored:
+            found = [s for s in found if all(n % k == 0 for n, k in zip(shape, space.shards(s), strict=True))]
+        if spread and found:
+            most = max(math.prod(space.shards(s)) for s in found)
+            found = [s for s in found if math.prod(space.shards(s)) == most]
+        return [s for s in found if all(s == r for r in required)]
+
+    def required(self, member: Member) -> State:
+        spec = self.restrictions.tensors[member.tensor]
+        state = wide_state(spec, self.graph.tensors[member.tensor].shape, len(self.mesh))
+        return tuple(member.dims[p] if p >= 0 else p for p in state)
+
+    def conflict(self, members: tuple[Member, ...]) -> str:
+        wanted = [
+            f"tensor {m.tensor} {self.graph.tensors[m.tensor].shape} {self.restrictions.tensors[m.tensor]}"
+            for m in members
+            if m.tensor in self.restrictions.tensors
+        ]
+        return (
+            f"these tensors must lie alike on mesh {self.mesh}, but no layout fits them all: {'; '.join(wanted)}. "
+            "Give them specs that agree and that divide their dims, or leave one of them None"
+        )
+
+    def strategies(self, op: Op) -> list[State]:
+        """All ways to give each mesh axis to a factor or to none, that every operand and result can follow."""
+        allowed = self.factors(op)
+        key = ("strategies", op.rule, allowed)
+        if key not in self.lists:
+            places = [(WHOLE, *allowed) if n > 1 else (WHOLE,) for n in self.mesh]
+            self.lists[key] = [s for s in itertools.product(*places) if self.fits(op.rule, s)]
+        return self.lists[key]
+
+    def factors(self, op: Op) -> tuple[int, ...]:
+        free = tuple(f for f, n in enumerate(op.rule.sizes) if n > 1 and f not in op.rule.fixed)
+        if not self.restrictions.batch:
+            return free
+        batch = {
+            f
+            for tensor, dims in zip(op.operands, op.rule.operands, strict=True)
+            for dim in self.batch_dims.get(tensor, ())
+            for f in dims[dim]
+        }
+        return tuple(f for f in free if f in batch) if batch else free
+
+    def fits(self, rule: Rule, strategy: State) -> bool:
+        shards = _factor_shards(rule, strategy, self.mesh)
+        if any(n > size for n, size in zip(shards, rule.sizes, strict=True)):
+            return False
+        return all(
+            _compound_fits(rule, dim, strategy, shards) for t in (*rule.operands, *rule.results) for dim in t
+        )
+
+    # --------------------------------------------------------------------------------------------- costs
+
+    def group_costs(self, group: int, domain: list[State]) -> Costs:
+        nbytes = sum(
+            self.graph.tensors[m.tensor].bytes / max(1, math.prod(self.graph.tensors[m.tensor].shape))
+            * self.liveness.passes(m.tensor)
+            for m in self.groups.by_group[group]
+            if m.version == "home"
+        )
+        shape = self.groups.shapes[group]
+        key = ("group", shape, id(domain), nbytes)
+        if key not in self.cache:
+            elements = self.elements(shape, domain)
+            per_byte = self.cost.compute_s(0.0, 1.0, "f32")
+            self.cache[key] = elements * (nbytes * per_byte + _TIE_BREAK_S_PER_BYTE)
+        return self.cache[key]
+
+    def elements(self, shape: tuple[int, ...], domain: list[State]) -> npt.NDArray[np.float64]:
+        space = self.space(shape, 32)
+        return np.array([space.local_elements(s) for s in domain], float)
+
+    def op_costs(self, op: Op, strategies: list[State]) -> Costs:
+        dtype = self.graph.tensors[(*op.operands, *op.results)[0]].dtype
+        bits = tuple(dtype_bits(self.graph.tensors[t].dtype) for t in (*op.operands, *op.results))
+        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name in _FREE_OPS, dtype, bits)
+        if key not in self.cache:
+            self.cache[key] = np.array([op.count * self.op_seconds(op, s, dtype, bits) for s in strategies])
+        return self.cache[key]
+
+    def op_seconds(self, op: Op, strategy: State, dtype: str, bits: tuple[int, ...]) -> float:
+        shards = _factor_shards(op.rule, strategy, self.mesh)
+        local = [-(-size // n) for size, n in zip(op.rule.sizes, shards, strict=True)]
+        share = math.prod(k / size for k, size in zip(local, op.rule.sizes, strict=True) if size)
+        if op.name in _FREE_OPS:
+            return share * op.flops * _TIE_BREAK_S_PER_BYTE
+        tensors = zip((*op.rule.operands, *op.rule.results), bits, strict=True)
+        nbytes = sum(math.prod(local[f] for dim in dims for f in dim) * b / 8 for dims, b in tensors)
+        return self.cost.compute_s(op.flops * share, nbytes, dtype)
+
+    def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
+        node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
+        found: dict[tuple[int, int], list[Costs]] = {}
+        for port in self.groups.ports:
+            costs = self.port_costs(port, domains[port.member.group], strategies[node[port.op] - len(domains)])
+            found.setdefault((port.member.group, node[port.op]), []).append(costs)
+        for copy in self.groups.copies:
+            i, j = copy.source.group, copy.target.group
+            costs = self.copy_costs(copy, domains[i], domains[j])
+            if i == j:
+                raise PlanError(f"tensor {copy.source.tensor} is needed in two layouts by one group")
+            found.setdefault((i, j) if i < j else (j, i), []).append(costs if i < j else self.transposed(costs))
+        return {edge: self.total(parts) for edge, parts in found.items()}
+
+    def transposed(self, costs: Costs) -> Costs:
+        return self.cache.setdefault(("transpose", id(costs)), np.ascontiguousarray(costs.T))
+
+    def total(self, parts: list[Costs]) -> Costs:
+        """The sum of several edges between the same nodes; one object for equal parts."""
+        if len(parts) == 1:
+            return parts[0]
+        key = ("sum", *(id(p) for p in parts))
+        if key not in self.cache:
+            self.cache[key] = np.sum(parts, axis=0)
+        return self.cache[key]
+
+    def port_costs(self, port: Port, domain: list[State], strategies: list[State]) -> Costs:
+        """Rows: the group's layouts; columns: the op's strategies."""
+        op = self.graph.ops[port.op]
+        space = self.tensor_space(port.member.tensor)
+        key = (
+            "port", op.rule, port.port, port.result, space.shape, space.bits, space.combined, id(domain), port.member.dims,
+            id(strategies), op.count,
+        )  # fmt: skip
+        if key not in self.cache:
+            mine = [space.index[_place(port.member, s)] for s in domain]
+            shape = self.graph.tensors[port.member.tensor].shape
+            needs = [space.index[port_state(op.rule, port, s, shape)] for s in strategies]
+            table = space.seconds[np.ix_(needs, mine)].T if port.result else space.seconds[np.ix_(mine, needs)]
+            self.cache[key] = np.ascontiguousarray(table) * op.count
+        return self.cache[key]
+
+    def copy_costs(self, copy: Copy, sources: list[State], targets: list[State]) -> Costs:
+        space = self.tensor_space(copy.source.tensor)
+        key = (
+            "copy", space.shape, space.bits, space.combined, id(sources), id(targets), copy.source.dims, copy.target.dims, copy.count,
+            copy.target.version,
+        )  # fmt: skip
+        if key not in self.cache:
+            rows = [space.index[_place(copy.source, s)] for s in sources]
+            columns = [space.index[_place(copy.target, s)] for s in targets]
+            local = space.elements
+            grows = local[columns][None, :] >= local[rows][:, None]
+            table = space.seconds[np.ix_(rows, columns)] * copy.count
+            self.cache[key] = np.where(grows, table, np.inf) if copy.target.version == "shared" else table
+        return self.cache[key]
+
+    def usages(self, domains: list[list[State]]) -> tuple[Usage, ...]:
+        """Memory of every version; a shared copy takes what it has more than the tensor that it is a copy of."""
+        found: list[Usage] = []
+        for (tensor, version), member in self.groups.members.items():
+            interval = self.liveness.interval(tensor, version)
+            if interval is not None:
+                bits = dtype_bits(self.graph.tensors[tensor].dtype)
+                found.append(Usage(member.group, *interval, self.local_bytes(member.group, domains, bits)))
+                if version == "shared":
+                    home = self.groups.home(tensor).group
+                    found.append(Usage(home, *interval, self.local_bytes(home, domains, -bits)))
+        return tuple(found)
+
+    def local_bytes(self, group: int, domains: list[list[State]], bits: int) -> Costs:
+        shape = self.groups.shapes[group]
+        key = ("bytes", shape, id(domains[group]), bits)
+        if key not in self.cache:
+            self.cache[key] = self.elements(shape, domains[group]) * (bits / 8)
+        return self.cache[key]
+
+
+def _factor_shards(rule: Rule, strategy: State, mesh: tuple[int, ...]) -> list[int]:
+    shards = [1] * len(rule.sizes)
+    for axis, factor in enumerate(strategy):
+        if factor >= 0:
+            shards[factor] *= mesh[axis]
+    return shards
+
+
+def _compound_fits(rule: Rule, dim: tuple[int, ...], strategy: State, shards: list[int]) -> bool:
+    """Whether a dim of several factors can be split so: minor factors only when all major ones are split whole."""
+    wide = [f for f in dim if rule.sizes[f] > 1]
+    if len(wide) < 2:
+        return True
+    order = [axis for f in wide for axis, factor in enumerate(strategy) if factor == f]
+    if order != sorted(order):
+        return False
+    for k, factor in enumerate(wide):
+        if rule.sizes[factor] % shards[factor]:
+            return False
+        if shards[factor] > 1 and any(shards[f] != rule.sizes[f] for f in wide[:k]):
+            return False
+    return True
+
+
+def port_state(rule: Rule, port: Port, strategy: State, shape: tuple[int, ...]) -> State:
+    """The state that a strategy needs at an operand, or makes at a result (partial sums included)."""
+    dims = (rule.results if port.result else rule.operands)[port.port]
+    place = {f: k for k, d in enumerate(wide_dims(shape)) for f in dims[d]}
+    partial = PARTIAL if port.result else WHOLE
+    return tuple(place.get(f, partial if f in rule.reduction else WHOLE) for f in strategy)

@@ -1,0 +1,114 @@
+"""When each tensor takes memory, and how often it goes through it: a model of what XLA's fusion leaves.
+
+A result of an element-wise op is materialized only if an op that can't be fused reads it, if the program
+returns it, or if it is costly and read twice. What is not materialized takes no memory, but keeps its inputs
+alive until it is read. Times are op numbers; the program is assumed to run in its own order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from alpa_like.graph import Op, OpGraph, batch_dims
+
+__all__ = ["Liveness"]
+
+_FUSED = frozenset(
+    f"stablehlo.{n}"
+    for n in ("broadcast_in_dim", "reshape", "slice", "pad", "reverse", "iota", "constant", "dynamic_slice")
+)
+_COSTLY = frozenset(
+    f"stablehlo.{n}"
+    for n in ("exponential", "tanh", "log", "logistic", "power", "sqrt", "rsqrt", "divide", "sine", "cosine")
+)
+_READERS = frozenset(("stablehlo.reduce",))
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """`donated` pairs arguments with the results that take their memory; `batch` are arguments with dim 0 the batch."""
+
+    graph: OpGraph
+    donated: frozenset[tuple[int, int]]
+    batch: frozenset[int] = frozenset()
+
+    @cached_property
+    def waiting(self) -> frozenset[int]:
+        """Activations: what has a batch dim lies on the path from the loss and back, where one op waits for another."""
+        return frozenset(batch_dims(self.graph, self.batch))
+
+    @cached_property
+    def stored(self) -> frozenset[int]:
+        return frozenset((*self.graph.arguments, *self.graph.results))
+
+    @cached_property
+    def replaced(self) -> frozenset[int]:
+        """Results that are written into a donated argument."""
+        return frozenset(self.graph.results[r] for _, r in self.donated)
+
+    @cached_property
+    def materialized(self) -> tuple[bool, ...]:
+        return tuple(self._materialized(t.id) for t in self.graph.tensors)
+
+    def _materialized(self, tensor: int) -> bool:
+        maker = self.graph.tensors[tensor].op
+        if maker < 0 or tensor in self.stored:
+            return True
+        op = self.graph.ops[maker]
+        if op.name in ("stablehlo.constant", "stablehlo.iota"):
+            return False
+        if not _fusible(op):
+            return True
+        readers = [self.graph.ops[u] for u, _ in self.graph.uses[tensor]]
+        return any(not _reads_in_fusion(r) for r in readers) or (op.name in _COSTLY and len(readers) > 1)
+
+    @cached_property
+    def last_use(self) -> tuple[int, ...]:
+        """The op that reads a tensor last, itself or through what is fused; the end for results."""
+        end = len(self.graph.ops)
+        last = [-1] * len(self.graph.tensors)
+        for result in self.graph.results:
+            last[result] = end
+        for op in reversed(self.graph.ops):
+            through = max((last[t] for t in op.results if not self.materialized[t]), default=-1)
+            for tensor in op.operands:
+                last[tensor] = max(last[tensor], op.id, through)
+        return tuple(last)
+
+    def interval(self, tensor: int, version: str) -> tuple[int, int] | None:
+        """Half-open time in which a version of a tensor takes memory, or None."""
+        end = len(self.graph.ops) + 1
+        maker = self.graph.tensors[tensor].op
+        if version != "home":
+            return self._shared_interval(tensor) if version == "shared" else None
+        if maker < 0:
+            return (0, end)
+        if not self.materialized[tensor] or tensor in self.replaced:
+            return None
+        last = self.last_use[tensor]
+        if last < maker:
+            return None
+        in_place = last < len(self.graph.ops) and _fusible(self.graph.ops[last])
+        return (maker, last + (0 if in_place else 1)) if last > maker else (maker, maker + 1)
+
+    def _shared_interval(self, tensor: int) -> tuple[int, int]:
+        """From the first to the last op that is no element-wise op and reads the tensor."""
+        readers = [op for op, _ in self.graph.uses[tensor] if not self.graph.ops[op].elementwise]
+        return readers[0], readers[-1] + 1
+
+    def passes(self, tensor: int) -> float:
+        """How often a tensor goes through memory in element-wise work, times its op's count: one write, one read."""
+        maker = self.graph.tensors[tensor].op
+        if maker < 0:
+            return sum(1.0 for op, _ in self.graph.uses[tensor] if self.graph.ops[op].elementwise)
+        op = self.graph.ops[maker]
+        return 2.0 * op.count if op.elementwise and self.materialized[tensor] else 0.0
+
+
+def _fusible(op: Op) -> bool:
+    return op.elementwise or op.name in _FUSED
+
+
+def _reads_in_fusion(op: Op) -> bool:
+    return _fusible(op) or op.name in _READERS

@@ -1,0 +1,183 @@
+"""`Plan` → compiled executable: writes the plan's layouts into the program and compiles it.
+
+Every pin becomes `sdy.sharding_constraint` ops, one per layout of its path, so that the partitioner has nothing
+left to choose where it matters and does one native step at a time. Operands that want the same tensor along the
+same path share it.
+
+Contract
+    Input: a `Trace`, a verified `Plan` of it, the devices. Output: `jax.stages.Compiled`.
+    Raises: `PlanError` where the plan belongs to another program or another number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.tree_util import tree_unflatten
+
+from alpa_like import stablehlo
+from alpa_like.errors import PlanError
+from alpa_like.plan import Pin, Placed, Plan, Spec, StagePlan, partition_spec
+from alpa_like.tracer import Trace
+
+__all__ = ["Lowered", "enforce", "lower", "state_shardings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A compiled stage and where its arguments and results belong, in the trees of the step."""
+
+    compiled: Any
+    mesh: Mesh
+    input_shardings: tuple[Any, ...]
+    output_shardings: Any
+
+
+def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
+    """Compile a plan of one stage for `devices`."""
+    _check(trace, plan, devices)
+    stage = plan.stages[0]
+    mesh = _mesh(stage, devices)
+    inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in stage.inputs])
+    outputs = tree_unflatten(trace.out_tree, [_sharding(mesh, p) for p in stage.outputs])
+    step = jax.jit(
+        trace.function(),
+        in_shardings=inputs,
+        out_shardings=outputs,
+        donate_argnums=trace.donated,
+        keep_unused=True,
+    )
+    lowered = step.lower(*trace.abstract_arguments())
+    if len(devices) > 1:
+        enforce(lowered.compiler_ir("stablehlo"), plan, stage)
+    return Lowered(lowered.compile(), mesh, inputs, outputs)
+
+
+def _check(trace: Trace, plan: Plan, devices: Sequence[Any]) -> None:
+    count = sum(stage.devices[1] for stage in plan.stages)
+    if count != len(devices):
+        raise PlanError(
+            f"the plan is for {count} devices, but {len(devices)} are here; "
+            f"call alpa.init(num_devices={count}), or plan again for the devices here"
+        )
+    if trace.graph.digest != plan.program:
+        raise PlanError(
+            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
+            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
+        )
+
+
+def _mesh(stage: StagePlan, devices: Sequence[Any]) -> Mesh:
+    first, count = stage.devices
+    grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
+    return Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
+
+
+def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(placed.spec, mesh.axis_names))
+
+
+def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
+    """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
+    mesh = _mesh(plan.stages[0], list(devices))
+    inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in plan.stages[0].inputs])
+    wanted = _shapes(state)
+    for shardings, abstract in zip(inputs, trace.abstract_arguments(), strict=True):
+        if _shapes(abstract) == wanted:
+            return shardings
+    raise PlanError(
+        f"{trace.name} takes no argument like this state: expected one argument with the tree, shapes and dtypes of "
+        f"what the initializer returns, {jax.tree.structure(state)}"
+    )
+
+
+def _shapes(tree: Any) -> Any:
+    flat, structure = jax.tree.flatten(tree)
+    return structure, [(tuple(x.shape), str(x.dtype)) for x in flat]
+
+
+def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
+    """Insert the stage's pins into a freshly lowered module, in place."""
+    stablehlo.annotate(module)
+    reading = stablehlo.read(module)
+    if reading.graph.digest != plan.program:
+        raise PlanError(f"{plan.function} lowers to another program for these devices; plan it again on this platform")
+    with module.context, ir.Location.unknown():
+        writer = _Writer(reading, stage.axis_names, _mesh_symbol(module))
+        for pin in stage.pins:
+            if pin.result:
+                writer.pin_result(pin)
+        for pin in stage.pins:
+            if not pin.result:
+                writer.pin_operand(pin)
+    stablehlo.strip(reading)
+
+
+def _mesh_symbol(module: Any) -> str:
+    for op in module.body.operations:
+        if op.operation.name == "sdy.mesh":
+            return str(op.operation.attributes["sym_name"]).strip('"')
+    raise PlanError("the lowered program has no device mesh; expected one for a plan of several devices")
+
+
+@dataclass
+class _Writer:
+    reading: stablehlo.Reading
+    axis_names: tuple[str, ...]
+    mesh: str
+    attributes: dict[Spec, Any] = field(default_factory=dict)
+    moved: dict[tuple[Any, Spec], Any] = field(default_factory=dict)
+
+    def attribute(self, spec: Spec) -> Any:
+        if spec not in self.attributes:
+            dims = ", ".join("{" + ", ".join(f'"{self.axis_names[a]}"' for a in axes) + "}" for axes in spec)
+            self.attributes[spec] = ir.Attribute.parse(f"#sdy.sharding<@{self.mesh}, [{dims}]>")
+        return self.attributes[spec]
+
+    def pin_result(self, pin: Pin) -> None:
+        """All readers of the result see it through the constraints."""
+        value = _result(self.reading, pin)
+        first, last = self.chain(value, pin.path)
+        value.replace_all_uses_except(last, first)
+
+    def pin_operand(self, pin: Pin) -> None:
+        handle = self.reading.handles[pin.op]
+        number = self.reading.ports[pin.op][pin.port]
+        value = handle.operands[number]
+        for spec in pin.path:
+            if (value, spec) not in self.moved:
+                self.moved[(value, spec)] = self.chain(value, (spec,))[1]
+            value = self.moved[(value, spec)]
+        handle.operands[number] = value
+
+    def chain(self, value: Any, path: tuple[Spec, ...]) -> tuple[Any, Any]:
+        """Constrain a value to each layout of a path in turn, right where it is made; the first op and the last value."""
+        first = None
+        with _after(value):
+            for spec in path:
+                op = sdy.ShardingConstraintOp(value, self.attribute(spec))
+                first = first or op.operation
+                value = op.result
+        return first, value
+
+
+def _after(value: Any) -> Any:
+    owner = value.owner
+    return ir.InsertionPoint.at_block_begin(owner) if isinstance(owner, ir.Block) else ir.InsertionPoint.after(owner)
+
+
+def _result(reading: stablehlo.Reading, pin: Pin) -> Any:
+    """The MLIR value of a result. A loop's `enter` makes the body's argument, its `yield` the loop's result."""
+    handle, name = reading.handles[pin.op], reading.graph.ops[pin.op].name
+    if name == "enter":
+        return handle.regions[1].blocks[0].arguments[reading.ports[pin.op][0]]
+    if name == "yield":
+        return handle.parent.results[reading.ports[pin.op][0]]
+    return handle.results[pin.port]

@@ -1,0 +1,110 @@
+"""A `Decision` → the layouts that the plan pins in the program, and the traffic of the reshards between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from alpa_like.cost import CostModel
+from alpa_like.graph import dtype_bits
+from alpa_like.passes.groups import Groups, Port, wide_dims
+from alpa_like.passes.intra import Decision, port_state, spec_of
+from alpa_like.passes.layouts import PARTIAL, WHOLE, Move, State, TensorSpace
+from alpa_like.passes.liveness import Liveness
+from alpa_like.plan import Pin, Spec
+
+__all__ = ["PinWriter"]
+
+
+@dataclass
+class PinWriter:
+    """Input: groups and a decision over them, and the cost model that it was made with."""
+
+    groups: Groups
+    cost: CostModel
+    decision: Decision
+    liveness: Liveness
+    spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
+    routes: dict[object, tuple[Move, ...]] = field(default_factory=dict)
+
+    def spec(self, tensor: int, version: str) -> Spec:
+        """The spec of a version of a tensor; tensors of one element are whole."""
+        shape = self.groups.graph.tensors[tensor].shape
+        whole = (WHOLE,) * len(self.cost.mesh_shape)
+        layouts = self.decision.layouts
+        return spec_of(layouts.get((tensor, version), layouts.get((tensor, "home"), whole)), shape)
+
+    def pins(self) -> tuple[Pin, ...]:
+        """One pin per operand and result of a node op, and per operand that an element-wise op reads in another layout."""
+        return (*(self.port_pin(p) for p in self.groups.ports), *self.light_pins())
+
+    def traffic(self) -> dict[str, float]:
+        """Ring bytes that each device sends in a step, by kind of collective."""
+        total: dict[str, float] = {}
+        for tensor, moves, count in self.reshards():
+            for kind, nbytes in self.space(tensor).traffic(moves).items():
+                total[kind] = total.get(kind, 0.0) + nbytes * count
+        return total
+
+    def reshards(self) -> Iterator[tuple[int, tuple[Move, ...], float]]:
+        """Every reshard of the plan: tensor, moves, times a step."""
+        for port in self.groups.ports:
+            yield port.member.tensor, self.port_moves(port), self.groups.graph.ops[port.op].count
+        for copy in self.groups.copies:
+            tensor = copy.source.tensor
+            source, target = (self.decision.layouts[(tensor, m.version)] for m in (copy.source, copy.target))
+            yield tensor, self.moves(tensor, source, target), copy.count
+
+    def space(self, tensor: int) -> TensorSpace:
+        t = self.groups.graph.tensors[tensor]
+        key = (tuple(t.shape[d] for d in wide_dims(t.shape)), dtype_bits(t.dtype), tensor not in self.liveness.waiting)
+        if key not in self.spaces:
+            self.spaces[key] = TensorSpace(*key, self.cost)
+        return self.spaces[key]
+
+    def moves(self, tensor: int, source: State, target: State) -> tuple[Move, ...]:
+        space = self.space(tensor)
+        key = (space.shape, space.bits, space.combined, source, target)
+        if key not in self.routes:
+            self.routes[key] = space.path(source, target)
+        return self.routes[key]
+
+    def port_moves(self, port: Port) -> tuple[Move, ...]:
+        op = self.groups.graph.ops[port.op]
+        tensor = port.member.tensor
+        state = port_state(op.rule, port, self.decision.strategies[op.id], self.groups.graph.tensors[tensor].shape)
+        layout = self.decision.layouts[(tensor, port.member.version)]
+        return self.moves(tensor, state, layout) if port.result else self.moves(tensor, layout, state)
+
+    def port_pin(self, port: Port) -> Pin:
+        tensor, version = port.member.tensor, port.member.version
+        moves = self.port_moves(port)
+        home = self.decision.layouts[(tensor, "home")]
+        if not port.result and version != "home":
+            moves = (*self.moves(tensor, home, self.decision.layouts[(tensor, version)]), *moves)
+        return Pin(port.op, port.port, port.result, self.stops(tensor, moves, home))
+
+    def light_pins(self) -> Iterator[Pin]:
+        """Arguments that element-wise ops read in another layout than they are stored in."""
+        for copy in self.groups.copies:
+            tensor = copy.source.tensor
+            if copy.target.version != "light":
+                continue
+            home, light = (self.decision.layouts[(tensor, v)] for v in ("home", "light"))
+            path = self.stops(tensor, self.moves(tensor, home, light), home)
+            for op, port in self.groups.graph.uses[tensor]:
+                if op not in self.groups.node_set:
+                    yield Pin(op, port, False, path)
+
+    def stops(self, tensor: int, moves: tuple[Move, ...], where: State) -> tuple[Spec, ...]:
+        """The layouts to pin on a route: one per run of gathers or slices, none while partial sums are left.
+
+        Every all-to-all stands alone: the partitioner does one natively, but replicates the tensor for two at once.
+        """
+        shape = self.groups.graph.tensors[tensor].shape
+        found: list[State] = []
+        for k, move in enumerate(moves):
+            follower = moves[k + 1].kind if k + 1 < len(moves) else ""
+            if PARTIAL not in move.target and (follower != move.kind or move.kind == "all-to-all"):
+                found.append(move.target)
+        return tuple(spec_of(s, shape) for s in (found or [where]))

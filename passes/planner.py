@@ -1,0 +1,194 @@
+"""Trace and method → `Plan`: tries every mesh that the method allows and keeps the fastest that fits.
+
+Contract
+    Input: a `Trace`, a `Cluster`, a method. Output: a verified `Plan`.
+    Raises: `InfeasibleError` where no plan fits the memory budget (how much is missing, what is largest),
+    `MethodError` and `PlanError` for options that contradict each other, `SolverError` where time runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+
+from alpa_like.cluster import Cluster
+from alpa_like.cost import CostModel, RingCost
+from alpa_like.errors import InfeasibleError
+from alpa_like.graph import OpGraph
+from alpa_like.methods import Method
+from alpa_like.passes.assignment import Solution
+from alpa_like.passes.groups import Groups, form_groups
+from alpa_like.passes.intra import Restrictions, ShardingProblem, build
+from alpa_like.passes.liveness import Liveness
+from alpa_like.passes.pins import PinWriter
+from alpa_like.passes.solve import solve
+from alpa_like.plan import Placed, Plan, Predicted, SolverReport, StagePlan
+from alpa_like.tracer import Leaf, Trace
+
+__all__ = ["make_plan"]
+
+logger = logging.getLogger("alpa_like")
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    cost: CostModel
+    problem: ShardingProblem
+    solution: Solution
+
+
+def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
+    """The best plan of a traced step for a cluster under a method."""
+    start = time.perf_counter()
+    graph = trace.graph
+    groups = form_groups(graph, trace.stored)
+    liveness = Liveness(graph, _written_in_place(trace), frozenset(graph.arguments[i] for i in trace.batch))
+    budget = method.memory_budget_bytes or float(cluster.device.memory_bytes)
+    best: _Candidate | None = None
+    considered: list[tuple[str, float]] = []
+    solved: dict[object, tuple[tuple[int, ...], float]] = {}
+    failure: InfeasibleError | None = None
+    for mesh in method.mesh_shapes(cluster.num_devices):
+        cost = RingCost(cluster, mesh)
+        alike = _alike(cost)
+        if alike in solved and method.mesh_shape == "auto" and not _names_axes(method):
+            considered.append((_mesh_text(mesh), solved[alike][1]))
+            continue
+        try:
+            candidate = _solve(trace, groups, liveness, cost, method, budget)
+        except InfeasibleError as error:
+            failure = error
+            considered.append((_mesh_text(mesh), math.inf))
+            continue
+        seconds = candidate.solution.cost
+        solved[alike] = (mesh, seconds)
+        considered.append((_mesh_text(mesh), seconds))
+        logger.debug("mesh %s: step %.3g s", mesh, seconds)
+        if best is None or seconds < best.solution.cost * (1 - 1e-9):
+            best = candidate
+    if best is None:
+        raise failure or InfeasibleError(f"{method.name} allows no mesh of {cluster.num_devices} devices")
+    report = replace(
+        _report(best.solution), seconds=time.perf_counter() - start, considered=tuple(considered)
+    )
+    return _write(trace, cluster, method, liveness, groups, best, report).verify()
+
+
+def _names_axes(method: Method) -> bool:
+    return method.axis_names is not None or hasattr(method, "in_specs")
+
+
+def _mesh_text(mesh: tuple[int, ...]) -> str:
+    return "x".join(map(str, mesh))
+
+
+def _alike(cost: RingCost) -> object:
+    """Equal for meshes that differ in the order of axes only, where that order makes no difference to any link."""
+    mesh = cost.mesh_shape
+    order = sorted(range(len(mesh)), key=lambda a: -mesh[a])
+    groups = [[a for k, a in enumerate(order) if bits >> k & 1] for bits in range(1, 2 ** len(mesh))]
+    links = [cost.cluster.group_link(mesh, tuple(sorted(g))) for g in groups]
+    return tuple(mesh[a] for a in order), tuple(links)
+
+
+def _solve(
+    trace: Trace, groups: Groups, liveness: Liveness, cost: RingCost, method: Method, budget: float
+) -> _Candidate:
+    asked = method.requirements(trace, cost.mesh_shape)
+    problem = build(groups, cost, liveness, Restrictions(asked.tensors, asked.spread, asked.batch))
+    limited = replace(problem.problem, limit=budget)
+    try:
+        solution = solve(limited, solver=method.solver, time_limit_s=method.time_limit_s)
+    except InfeasibleError:
+        raise InfeasibleError(_too_large(trace, problem, budget, cost.mesh_shape)) from None
+    return _Candidate(cost, replace(problem, problem=limited), solution)
+
+
+def _written_in_place(trace: Trace) -> frozenset[tuple[int, int]]:
+    """Stored pairs whose argument is donated, so that the result takes its memory."""
+    numbers: list[int] = []
+    for position, child in enumerate(trace.in_tree.children()):
+        numbers += [position] * child.num_leaves
+    return frozenset((a, r) for a, r in trace.stored if numbers[a] in trace.donated)
+
+
+def _too_large(trace: Trace, problem: ShardingProblem, budget: float, mesh: tuple[int, ...]) -> str:
+    """The sentence for a budget that nothing fits: the least that is needed and the largest arguments."""
+    least = _least_memory(problem)
+    largest = sorted(zip(trace.arguments, trace.graph.arguments, strict=True), key=lambda p: -_size(trace.graph, p[1]))
+    names = ", ".join(f"{leaf} ({_size(trace.graph, t) / 2**20:.1f} MiB)" for leaf, t in largest[:3])
+    return (
+        f"no plan on mesh {mesh} fits in {budget / 2**20:.1f} MiB per device: at least {least / 2**20:.1f} MiB are "
+        f"needed, {max(0.0, least - budget) / 2**20:.1f} MiB more. The largest arguments are {names}. Use more "
+        "devices, a smaller batch, rematerialization (jax.checkpoint), or a larger memory_budget_bytes"
+    )
+
+
+def _size(graph: OpGraph, tensor: int) -> int:
+    return graph.tensors[tensor].bytes
+
+
+def _least_memory(problem: ShardingProblem) -> float:
+    """A lower bound on the peak: every tensor alone in its smallest layout."""
+    changes: dict[int, float] = {}
+    for u in problem.problem.usages:
+        changes[u.start] = changes.get(u.start, 0.0) + float(u.bytes.min())
+        changes[u.end] = changes.get(u.end, 0.0) - float(u.bytes.min())
+    level = peak = 0.0
+    for t in sorted(changes):
+        level += changes[t]
+        peak = max(peak, level)
+    return peak
+
+
+def _report(solution: Solution) -> SolverReport:
+    return SolverReport(solution.status, solution.gap, solution.seconds, solution.variables, solution.solver)
+
+
+# --------------------------------------------------------------------------------------- writing the plan
+
+
+def _write(
+    trace: Trace,
+    cluster: Cluster,
+    method: Method,
+    liveness: Liveness,
+    groups: Groups,
+    best: _Candidate,
+    report: SolverReport,
+) -> Plan:
+    writer = PinWriter(groups, best.cost, best.problem.decode(best.solution.choice), liveness)
+    mesh = best.cost.mesh_shape
+    stage = StagePlan(
+        "0",
+        mesh,
+        method.names(mesh),
+        (0, math.prod(mesh)),
+        tuple(_placed(writer, leaf, t, "home") for leaf, t in zip(trace.arguments, trace.graph.arguments, strict=True)),
+        tuple(_placed(writer, leaf, t, "out") for leaf, t in zip(trace.results, trace.graph.results, strict=True)),
+        writer.pins(),
+    )
+    compute = best.problem.compute_s(best.solution.choice)
+    predicted = Predicted(
+        best.solution.cost,
+        compute,
+        max(0.0, best.solution.cost - compute),
+        writer.traffic(),
+        best.problem.problem.memory(best.solution.choice)[0],
+    )
+    return Plan(
+        trace.name, trace.graph.digest, method.name, cluster, (stage,), predicted, report, _warnings(trace.graph)
+    )
+
+
+def _placed(writer: PinWriter, leaf: Leaf, tensor: int, version: str) -> Placed:
+    return Placed(leaf.path, leaf.shape, leaf.dtype, writer.spec(tensor, version))
+
+
+def _warnings(graph: OpGraph) -> tuple[str, ...]:
+    return tuple(
+        f"{op.name} at {op.line or 'an unknown line'} ({op.source}) has no sharding rule; every device computes it whole"
+        for op in graph.unruled
+    )

@@ -1,0 +1,124 @@
+"""`Executable`: a compiled step that takes and returns what the function did, and tells what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.tree_util import tree_leaves
+
+from alpa_like.errors import ProgramError
+from alpa_like.passes.lower import Lowered, state_shardings
+from alpa_like.plan import Plan
+from alpa_like.runtime import hlo
+from alpa_like.tracer import Trace, abstract_leaf
+
+__all__ = ["Executable"]
+
+
+class Executable:
+    """A step compiled by a plan. Arguments are moved to where the plan wants them, if they are elsewhere."""
+
+    def __init__(self, trace: Trace, plan: Plan, lowered: Lowered) -> None:
+        self.plan = plan
+        self._trace = trace
+        self._lowered = lowered
+        self._call = lowered.compiled
+
+    @property
+    def input_shardings(self) -> tuple[Any, ...]:
+        """One pytree of `NamedSharding`s per dynamic argument."""
+        return self._lowered.input_shardings
+
+    @property
+    def output_shardings(self) -> Any:
+        """A pytree of `NamedSharding`s like the result."""
+        return self._lowered.output_shardings
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of the stage."""
+        return self._lowered.mesh
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step on its dynamic arguments.
+
+        Raises `ProgramError` for arguments of other trees, shapes or dtypes, and where a failed step has
+        taken donated arguments with it.
+        """
+        try:
+            return self.run(*args)
+        except (TypeError, ValueError):
+            return self.run(*self.place(*args))
+
+    def run(self, *args: Any) -> Any:
+        """The step on arguments that are where the plan wants them: `TypeError` or `ValueError` if they are not."""
+        try:
+            return self._call(*args)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._failed(args, error) from error
+
+    def place(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments, moved to the plan's shardings."""
+        self.check(args)
+        return jax.device_put(args, self._lowered.input_shardings)
+
+    def check(self, args: tuple[Any, ...]) -> None:
+        """Raise `ProgramError` where arguments differ from those that the step was compiled for."""
+        found = jax.tree.structure(args)
+        if found != self._trace.in_tree:
+            raise ProgramError(
+                f"{self._trace.name} was compiled for arguments of another tree: expected {self._trace.in_tree}, "
+                f"found {found}; call the parallelized function itself, which compiles again"
+            )
+        for leaf, aval, value in zip(self._trace.arguments, self._trace.avals, tree_leaves(args), strict=True):
+            shape, dtype, weak = abstract_leaf(value)
+            if isinstance(value, jax.Array) and value.is_deleted():
+                raise ProgramError(
+                    f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that step returned"
+                )
+            if shape != leaf.shape or (dtype != str(aval.dtype) and not weak):
+                raise ProgramError(
+                    f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled for "
+                    f"{leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"
+                )
+
+    def _failed(self, args: tuple[Any, ...], error: Exception) -> ProgramError:
+        gone = [
+            leaf.path
+            for leaf, value in zip(self._trace.arguments, tree_leaves(args), strict=True)
+            if isinstance(value, jax.Array) and value.is_deleted()
+        ]
+        reason = str(error).splitlines()[0]
+        if not gone:
+            return ProgramError(f"{self._trace.name} failed: {reason}. No argument was lost; the state is as it was")
+        return ProgramError(
+            f"{self._trace.name} failed: {reason}. The donated arguments are gone ({gone[0]} and {len(gone) - 1} more): "
+            "go on from the last checkpoint, or run with donate_argnums=() to keep them"
+        )
+
+    def state_shardings(self, state: Any) -> Any:
+        """The shardings of the argument that has the tree and shapes of `state`."""
+        return state_shardings(self._trace, self.plan, self.mesh.devices.flat, state)
+
+    def hlo_text(self) -> str:
+        """The optimized HLO of one device."""
+        return self._call.as_text()
+
+    def traffic(self, *, reduce_scatter: bool = False) -> dict[str, int]:
+        """Bytes that each device sends in a step, by kind of collective, by ring formulas.
+
+        With `reduce_scatter=True` an all-reduce of which every device keeps its part only counts as the
+        reduce-scatter that GPU and TPU compilers make of it; XLA's CPU backend has none.
+        """
+        return hlo.traffic_by_kind(hlo.read_collectives(self.hlo_text()), reduce_scatter=reduce_scatter)
+
+    def memory_bytes(self) -> int:
+        """Peak memory of a step on one device, by XLA: arguments, results that take no argument's place, temporaries."""
+        m = self._call.memory_analysis()
+        return (
+            m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+        )
+
+    def __repr__(self) -> str:
+        return f"Executable({self._trace.name}, mesh {self.plan.mesh_shape}, {self.plan.method})"
