@@ -33,9 +33,12 @@ AXIS_NAMES = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a method asks of a traced step on a mesh, by tensor number; see `passes.intra.Restrictions`."""
+    """What a method asks of a traced step on a mesh; tensors by number, as in `passes.intra.Restrictions`.
 
-    tensors: Mapping[int, Spec] = field(default_factory=dict)
+    "home" is where an argument is stored and what an op makes, "out" where a result leaves.
+    """
+
+    tensors: Mapping[tuple[int, str], Spec] = field(default_factory=dict)
     spread: frozenset[int] = frozenset()
     batch: frozenset[int] = frozenset()
 
@@ -123,13 +126,13 @@ class _BatchParallel(Method):
                 "name it in batch_argnums"
             )
         every = tuple(range(len(mesh_shape)))
-        tensors: dict[int, Spec] = {}
+        tensors: dict[tuple[int, str], Spec] = {}
         for i in trace.batch:
             shape = trace.arguments[i].shape
             if shape and shape[0] % math.prod(mesh_shape) == 0:
-                tensors[graph.arguments[i]] = (every, *((),) * (len(shape) - 1))
+                tensors[(graph.arguments[i], "home")] = (every, *((),) * (len(shape) - 1))
         whole, spread = self.state(trace)
-        tensors |= {graph.arguments[i]: ((),) * len(trace.arguments[i].shape) for i in whole}
+        tensors |= {(graph.arguments[i], "home"): ((),) * len(trace.arguments[i].shape) for i in whole}
         return Requirements(tensors, frozenset(graph.arguments[i] for i in spread), batch)
 
     def state(self, trace: Trace) -> tuple[list[int], list[int]]:
@@ -189,19 +192,21 @@ class ManualParallel(Method):
 
     def requirements(self, trace: Trace, mesh_shape: tuple[int, ...]) -> Requirements:
         names, graph = self.names(mesh_shape), trace.graph
-        tensors: dict[int, Spec] = {}
-        sides = ((self.in_specs, trace.in_tree, trace.arguments), (self.out_specs, trace.out_tree, trace.results))
-        for (given, tree, leaves), ids in zip(sides, (graph.arguments, graph.results), strict=True):
-            for number, spec in enumerate(_broadcast(given, tree)):
+        tensors: dict[tuple[int, str], Spec] = {}
+        sides = (
+            (self.in_specs, trace.in_tree, trace.arguments, graph.arguments, "home"),
+            (self.out_specs, trace.out_tree, trace.results, graph.results, "out"),
+        )
+        for given, tree, leaves, ids, version in sides:
+            for leaf, tensor, spec in zip(leaves, ids, _broadcast(given, tree), strict=True):
                 if spec is not None:
-                    leaf = leaves[number]
-                    tensors[ids[number]] = to_spec(spec, names, leaf.path, leaf.shape, mesh_shape)
+                    tensors[(tensor, version)] = to_spec(spec, names, leaf.path, leaf.shape, mesh_shape)
         for pattern, spec in (self.constraints or {}).items():
             for op in graph.ops:
                 if fnmatch.fnmatchcase(op.source, pattern):
                     for t in op.results:
                         shape = graph.tensors[t].shape
-                        tensors[t] = to_spec(spec, names, f"constraint {pattern!r}", shape, None)
+                        tensors[(t, "home")] = to_spec(spec, names, f"constraint {pattern!r}", shape, None)
         return Requirements(tensors)
 
 

@@ -55,12 +55,12 @@ _TIE_BREAK_S_PER_BYTE = 1e-21
 class Restrictions:
     """What a method forbids. Everything not named is free.
 
-    `tensors` gives the layout that a tensor must have; `spread` are tensors that must be split over every
+    `tensors` gives the layout that a version of a tensor ("home" or "out") must have; `spread` are tensors that must be split over every
     axis where their dims allow it; `batch` are tensors with dim 0 the batch: if given, ops that compute on
     something with a batch dim may split that dim only.
     """
 
-    tensors: Mapping[int, Spec] = field(default_factory=dict)
+    tensors: Mapping[tuple[int, str], Spec] = field(default_factory=dict)
     spread: frozenset[int] = frozenset()
     batch: frozenset[int] = frozenset()
 
@@ -169,7 +169,7 @@ class _Builder:
         """The layouts that a group may take. Arguments and results divide evenly, as JAX demands."""
         shape = self.groups.shapes[group]
         members = self.groups.by_group[group]
-        required = {self.required(m) for m in members if m.tensor in self.restrictions.tensors and m.version != "out"}
+        required = {self.required(m) for m in members if (m.tensor, m.version) in self.restrictions.tensors}
         stored = any(m.tensor in self.liveness.stored and m.version in ("home", "out") for m in members)
         spread = any(m.tensor in self.restrictions.spread and m.version == "home" for m in members)
         key = (shape, frozenset(required), stored, spread)
@@ -190,15 +190,15 @@ class _Builder:
         return [s for s in found if all(s == r for r in required)]
 
     def required(self, member: Member) -> State:
-        spec = self.restrictions.tensors[member.tensor]
+        spec = self.restrictions.tensors[(member.tensor, member.version)]
         state = wide_state(spec, self.graph.tensors[member.tensor].shape, len(self.mesh))
         return tuple(member.dims[p] if p >= 0 else p for p in state)
 
     def conflict(self, members: tuple[Member, ...]) -> str:
         wanted = [
-            f"tensor {m.tensor} {self.graph.tensors[m.tensor].shape} {self.restrictions.tensors[m.tensor]}"
+            f"tensor {m.tensor} {self.graph.tensors[m.tensor].shape} {self.restrictions.tensors[(m.tensor, m.version)]}"
             for m in members
-            if m.tensor in self.restrictions.tensors
+            if (m.tensor, m.version) in self.restrictions.tensors
         ]
         return (
             f"these tensors must lie alike on mesh {self.mesh}, but no layout fits them all: {'; '.join(wanted)}. "
