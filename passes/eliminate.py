@@ -15,7 +15,6 @@ Tables over three and more nodes can't be given to the ILP. Where elimination st
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,14 +67,13 @@ def eliminate(
     problem: AssignmentProblem,
     keep: frozenset[int] = frozenset(),
     max_entries: int = 600_000,
-    memo: dict[_Key, tuple[Costs, npt.NDArray[np.int16]]] | None = None,
 ) -> Reduced:
     """Eliminate every node that is not in `keep`, while tables stay under `max_entries`; memory is not looked at.
 
     Output: an equivalent problem over the nodes that are left, with pairs only. A node under a memory
     constraint must be in `keep`.
     """
-    work = _Work(problem, memo if memo is not None else {})
+    work = _Work(problem, max_entries)
     queue = [(work.size(i), i) for i in range(len(problem.unary)) if i not in keep]
     heapq.heapify(queue)
     while queue:
@@ -96,7 +94,9 @@ def eliminate(
 @dataclass
 class _Work:
     problem: AssignmentProblem
-    memo: dict[_Key, tuple[Costs, npt.NDArray[np.int16]]]
+    max_entries: int
+    memo: dict[_Key, tuple[Costs, npt.NDArray[np.int16]]] = field(default_factory=dict)
+    held: list[Costs] = field(default_factory=list)
     tables: list[dict[int, _Table]] = field(init=False)
     steps: dict[int, _Elimination] = field(default_factory=dict)
     constants: dict[int, _Table] = field(default_factory=dict)
@@ -124,8 +124,16 @@ class _Work:
         return tuple(sorted(found - {node}))
 
     def size(self, node: int) -> int:
-        """Entries of the table that eliminating `node` would make."""
-        return math.prod(len(self.problem.unary[n]) for n in self.neighbours(node))
+        """Entries of the table that eliminating `node` would make; any number above the limit if it is above."""
+        seen, entries = {node}, 1
+        for table in self.tables[node].values():
+            for n in table.scope:
+                if n not in seen:
+                    seen.add(n)
+                    entries *= len(self.problem.unary[n])
+            if entries > self.max_entries:
+                break
+        return entries
 
     def eliminate(self, node: int) -> tuple[int, ...]:
         scope = self.neighbours(node)
@@ -136,8 +144,7 @@ class _Work:
             sizes = tuple(len(self.problem.unary[n]) for n in scope)
             costs, choices = _minimize([(t.costs, [position[n] for n in t.scope]) for t in order], sizes)
             self.memo[key] = (costs, choices)
-            self.memo[("alive", *key)] = (costs, choices)
-            self._hold(key, [t.costs for t in order])
+            self.held.extend(t.costs for t in order)  # an identity in the memo must never be used again
         costs, choices = self.memo[key]
         result = _Table(scope, costs, node)
         for table in order:
@@ -145,11 +152,6 @@ class _Work:
         self.add(result)
         self.steps[node] = _Elimination(tuple(order), result, choices)
         return scope
-
-    def _hold(self, key: _Key, arrays: list[Costs]) -> None:
-        """Keep the inputs alive as long as the memo, so that an identity is never used twice."""
-        for k, array in enumerate(arrays):
-            self.memo[("input", key, k)] = (array, np.zeros(0, np.int16))
 
     def undo_wide(self) -> None:
         """Undo eliminations until no table has more than two nodes left in its scope."""

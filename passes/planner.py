@@ -23,7 +23,7 @@ from alpa_like.passes.groups import Groups, form_groups
 from alpa_like.passes.intra import Restrictions, ShardingProblem, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pins import PinWriter
-from alpa_like.passes.solve import solve
+from alpa_like.passes.solve import least_memory, solve
 from alpa_like.plan import Placed, Plan, Predicted, SolverReport, StagePlan
 from alpa_like.tracer import Leaf, Trace
 
@@ -116,7 +116,7 @@ def _written_in_place(trace: Trace) -> frozenset[tuple[int, int]]:
 
 def _too_large(trace: Trace, problem: ShardingProblem, budget: float, mesh: tuple[int, ...]) -> str:
     """The sentence for a budget that nothing fits: the least that is needed and the largest arguments."""
-    least = _least_memory(problem)
+    least = least_memory(problem.problem)
     largest = sorted(zip(trace.arguments, trace.graph.arguments, strict=True), key=lambda p: -_size(trace.graph, p[1]))
     names = ", ".join(f"{leaf} ({_size(trace.graph, t) / 2**20:.1f} MiB)" for leaf, t in largest[:3])
     return (
@@ -128,19 +128,6 @@ def _too_large(trace: Trace, problem: ShardingProblem, budget: float, mesh: tupl
 
 def _size(graph: OpGraph, tensor: int) -> int:
     return graph.tensors[tensor].bytes
-
-
-def _least_memory(problem: ShardingProblem) -> float:
-    """A lower bound on the peak: every tensor alone in its smallest layout."""
-    changes: dict[int, float] = {}
-    for u in problem.problem.usages:
-        changes[u.start] = changes.get(u.start, 0.0) + float(u.bytes.min())
-        changes[u.end] = changes.get(u.end, 0.0) - float(u.bytes.min())
-    level = peak = 0.0
-    for t in sorted(changes):
-        level += changes[t]
-        peak = max(peak, level)
-    return peak
 
 
 def _report(solution: Solution) -> SolverReport:

@@ -1,50 +1,229 @@
-"""Solves an `AssignmentProblem` exactly: eliminate, fold, integer program; memory where it turns out to bind.
+"""Solves an `AssignmentProblem` exactly: eliminate, fold, narrow, integer program; memory where it turns out to bind.
 
-Most steps fit in memory without being asked to. So the problem is solved without the limit first, and the
-limit is imposed at the times at which a solution breaks it, until none does.
+Most steps fit in memory without being asked to, so the problem is solved without the limit first. Where that
+solution breaks the limit, memory gets a price at the time of the peak (a Lagrange multiplier, found by
+cutting planes), more times as they turn out to matter. That gives a lower bound and mostly a solution that fits;
+the integer program with the limit, narrowed by both, closes what gap is left.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from alpa_like.errors import SolverError
+import numpy as np
+
+from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.passes import ilp
-from alpa_like.passes.assignment import AssignmentProblem, Solution, Usage
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution, Usage
 from alpa_like.passes.eliminate import eliminate
 from alpa_like.passes.fold import fold
+from alpa_like.passes.narrow import Prices, flow_entries, narrow, priced
 
-__all__ = ["solve"]
+__all__ = ["least_memory", "solve"]
+
+_NARROW_ABOVE = 20_000
+"""Flow variables that HiGHS handles in well under a second."""
+
+_CLOSE_ENOUGH = 1e-6
+"""Relative gap at which a solution counts as optimal: that of the solver's own tolerances."""
+
+_CUTS = 12
+_MAX_TIMES = 8
 
 
 def solve(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0) -> Solution:
-    """The optimum of `problem` within its memory limit; raises what `passes.ilp.solve` raises."""
-    start = time.perf_counter()
+    """The optimum of `problem` within its memory limit.
+
+    Where time runs out, the best solution found, status "feasible", and its gap. Raises `InfeasibleError` where
+    nothing fits the limit, `SolverError` where no solution was found in time.
+    """
     problem.verify()
-    times: list[int] = []
-    while True:
-        left = time_limit_s - (time.perf_counter() - start)
-        solution = _solve_at(problem, times, solver, left)
-        peak, when = problem.memory(solution.choice)
-        if peak <= problem.limit * (1 + 1e-9):
-            return replace(solution, seconds=time.perf_counter() - start)
-        if left <= 0 or when in times:
-            raise SolverError(f"no plan within the memory limit was found in {time_limit_s:.0f} s; allow more time")
-        times.append(when)
+    search = _Search(problem, solver, time.perf_counter(), time_limit_s)
+    solution = search.free({})
+    if not search.fits(solution.choice):
+        solution = search.limited(solution)
+    return replace(solution, seconds=time.perf_counter() - search.start)
 
 
-def _solve_at(problem: AssignmentProblem, times: list[int], solver: str, time_limit_s: float) -> Solution:
-    """The optimum when memory counts at `times` only."""
-    usages = tuple(Usage(u.node, t, t + 1, u.bytes) for t in times for u in problem.alive(t))
-    limited = replace(problem, usages=usages)
-    reduced = eliminate(limited, frozenset(u.node for u in usages))
+def least_memory(problem: AssignmentProblem) -> float:
+    """A lower bound on the peak that every solution has: the least possible at the times that matter most."""
+    least, times = 0.0, set[int]()
+    choice = tuple(int(np.argmin(c)) for c in problem.unary)
+    for _ in range(_MAX_TIMES):
+        when = problem.memory(choice)[1]
+        if when in times:
+            break
+        times.add(when)
+        found = _least_at(problem, when)
+        choice = found.choice
+        least = max(least, problem.fixed_bytes + found.cost)
+    return least
+
+
+def _least_at(problem: AssignmentProblem, when: int) -> Solution:
+    """The solution of the fewest bytes at one time, which are its cost."""
+    made: dict[int, Costs] = {}
+
+    def allowed(costs: Costs) -> Costs:
+        if id(costs) not in made:
+            made[id(costs)] = np.where(np.isfinite(costs), 0.0, np.inf)
+        return made[id(costs)]
+
+    pairs = {e: allowed(c) for e, c in problem.pairs.items() if not np.isfinite(c).all()}
+    only = AssignmentProblem(tuple(allowed(c) for c in problem.unary), pairs, problem.usages)
+    return _solve_free(priced(only, {when: 1.0})[0], "auto", 60.0)
+
+
+def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) -> Solution:
+    """The optimum without a memory limit."""
+    reduced = eliminate(replace(problem, usages=()))
     if not reduced.kept:
         choice = reduced.expand(())
         cost = problem.cost(choice)
         return Solution("optimal", choice, cost, cost, 0.0, 0, "elimination")
     folded = fold(reduced.problem)
-    part = ilp.solve(folded.problem, solver=solver, time_limit_s=max(1.0, time_limit_s))
+    part = _solve_core(folded.problem, solver, time_limit_s, {}, np.inf)
     choice = reduced.expand(folded.expand(part.choice))
     cost = problem.cost(choice)
     return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+
+
+def _solve_core(
+    problem: AssignmentProblem, solver: str, time_limit_s: float, prices: Prices, known: float
+) -> Solution:
+    """The integer program, narrowed first where it is large."""
+
+    def run(part: AssignmentProblem) -> Solution:
+        return ilp.solve(part, solver=solver, time_limit_s=time_limit_s)
+
+    if flow_entries(problem) <= _NARROW_ABOVE:
+        return run(problem)
+    narrowed = narrow(problem, run, _NARROW_ABOVE, prices, known)
+    part = run(narrowed.problem)
+    return replace(part, choice=narrowed.expand(part.choice))
+
+
+@dataclass
+class _Search:
+    """The search for a solution within the limit. `best` fits it; no solution that fits costs less than `bound`."""
+
+    problem: AssignmentProblem
+    solver: str
+    start: float
+    time_limit_s: float
+    best: Solution | None = None
+    bound: float = -np.inf
+    prices: Prices = field(default_factory=dict)
+
+    def left(self) -> float:
+        return self.time_limit_s - (time.perf_counter() - self.start)
+
+    def fits(self, choice: tuple[int, ...]) -> bool:
+        return self.problem.memory(choice)[0] <= self.problem.limit * (1 + 1e-9)
+
+    def free(self, prices: Prices) -> Solution:
+        """The optimum with memory at these prices; remembers what it says about the limited problem."""
+        weighed, room = priced(self.problem, prices)
+        found = _solve_free(weighed, self.solver, max(1.0, self.left()))
+        self.bound = max(self.bound, found.bound - room)
+        cost = self.problem.cost(found.choice)
+        if self.fits(found.choice) and (self.best is None or cost < self.best.cost):
+            self.best = replace(found, cost=cost)
+        return found
+
+    def limited(self, found: Solution) -> Solution:
+        """The optimum within the limit, which `found` breaks."""
+        while len(self.prices) < _MAX_TIMES and self.left() > 0:
+            when = self.problem.memory(found.choice)[1]
+            if self.fits(found.choice) or when in self.prices:
+                break
+            found = self.price(when, found)
+            if self.closed():
+                return self.result("optimal")
+        return self.exact()
+
+    def price(self, when: int, below: Solution) -> Solution:
+        """Find the best price for memory at one time, the other prices as they are; return a solution that fits there.
+
+        `below` is the solution at the other prices, which needs too much memory at that time.
+        The bound is a concave function of the price, made of one line per solution; each step goes to where the
+        lines of the two nearest solutions cross.
+        """
+        least = self.problem.fixed_bytes + _least_at(self.problem, when).cost
+        if least > self.problem.limit * (1 + 1e-9):
+            raise InfeasibleError(f"{least:.0f} bytes are needed at time {when}, the limit is {self.problem.limit:.0f}")
+        price = self.first_price()
+        above = self.free({**self.prices, when: price})
+        while self.level(above, when) > self.problem.limit and self.left() > 0:
+            below, price = above, price * 4
+            above = self.free({**self.prices, when: price})
+        self.prices[when] = price
+        for _ in range(_CUTS):
+            if self.closed() or self.left() <= 0:
+                break
+            cut = self.crossing(below, above, when)
+            found = self.free({**self.prices, when: cut})
+            fits = self.level(found, when) <= self.problem.limit
+            if self.level(found, when) in (self.level(below, when), self.level(above, when)):
+                break
+            below, above = (below, found) if fits else (found, above)
+            self.prices[when] = cut
+        return above
+
+    def crossing(self, below: Solution, above: Solution, when: int) -> float:
+        """The price at which two solutions cost the same: where the bound is highest, if there is none between them."""
+        others = {t: p for t, p in self.prices.items() if t != when}
+        dear, cheap = (priced(self.problem, others)[0].cost(s.choice) for s in (above, below))
+        return max(0.0, (dear - cheap) / (self.level(below, when) - self.level(above, when)))
+
+    def first_price(self) -> float:
+        return max(abs(self.bound), 1e-9) / self.problem.limit
+
+    def level(self, solution: Solution, when: int) -> float:
+        used = sum(float(u.bytes[solution.choice[u.node]]) for u in self.problem.alive(when))
+        return self.problem.fixed_bytes + used
+
+    def closed(self) -> bool:
+        return self.best is not None and self.best.cost - self.bound <= _CLOSE_ENOUGH * abs(self.best.cost)
+
+    def exact(self) -> Solution:
+        """The integer program with the limit at the times found so far, and at those that its solutions break."""
+        times = sorted(self.prices)
+        while self.left() > 0 and not self.closed():
+            try:
+                found = self.at(times)
+            except (InfeasibleError, SolverError):
+                if self.best is None:
+                    raise
+                break  # nothing within the limit is better than what is known
+            peak, when = self.problem.memory(found.choice)
+            if peak <= self.problem.limit * (1 + 1e-9):
+                self.best = min((s for s in (self.best, found) if s), key=lambda s: s.cost)
+                if found.status == "optimal":
+                    self.bound = max(self.bound, min(found.bound, self.best.cost))
+                break
+            if when in times:
+                break
+            times.append(when)
+        if self.best is None:
+            raise SolverError(
+                f"no plan within the memory limit was found in {self.time_limit_s:.0f} s; allow more time"
+            )
+        return self.result("optimal" if self.closed() else "feasible")
+
+    def at(self, times: list[int]) -> Solution:
+        """The optimum when the limit holds at `times`."""
+        usages = tuple(Usage(u.node, t, t + 1, u.bytes) for t in times for u in self.problem.alive(t))
+        limited = replace(self.problem, usages=usages)
+        reduced = eliminate(limited, frozenset(u.node for u in usages))
+        folded = fold(reduced.problem)
+        known = self.best.cost - reduced.offset if self.best else np.inf
+        part = _solve_core(folded.problem, self.solver, max(1.0, self.left()), self.prices, known)
+        choice = reduced.expand(folded.expand(part.choice))
+        cost = self.problem.cost(choice)
+        return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+
+    def result(self, status: str) -> Solution:
+        assert self.best is not None
+        return replace(self.best, status=status, bound=min(self.bound, self.best.cost))

@@ -1,0 +1,1 @@
+"""Scripts that print our figures: `python -m benchmarks.NAME`, from the root of the repository."""

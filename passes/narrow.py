@@ -1,0 +1,186 @@
+"""Exact narrowing of large problems: drops choices that no optimal solution takes.
+
+Messages between nodes raise a lower bound on the objective (block-coordinate ascent on the dual of the flow
+relaxation, with the handshake of Tourani et al., "MPLP++: Fast, Parallel Dual Block-Coordinate Ascent for
+Dense Graphical Models", ECCV 2018). The costs are rewritten so that their sum never changes,
+
+    Σ_i θ_i[x_i] + Σ_e θ_e[x_i, x_j],     bound = Σ_i min θ_i + Σ_e min θ_e,
+
+and the bound for a solution that takes choice c of node i exceeds this one by at least
+
+    (θ_i[c] − min θ_i) + Σ_{e at i} (min_j θ_e[c, j] − min θ_e).
+
+A choice for which that is more than the gap to a known solution can go. The known solution comes from solving
+the problem over the most promising choices only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from alpa_like.errors import InfeasibleError, SolverError
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution
+
+__all__ = ["Narrowed", "Prices", "flow_entries", "narrow", "priced"]
+
+Prices = dict[int, float]
+"""Seconds per byte in use at a time."""
+
+_Choices = npt.NDArray[np.intp]
+_SWEEPS = 40
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """The problem over the choices that are left; `choices[i]` are those of node i."""
+
+    problem: AssignmentProblem
+    choices: tuple[_Choices, ...]
+
+    def expand(self, choice: Sequence[int]) -> tuple[int, ...]:
+        """The choices of the original problem."""
+        return tuple(int(c[x]) for c, x in zip(self.choices, choice, strict=True))
+
+
+def flow_entries(problem: AssignmentProblem) -> int:
+    """About how many flow variables the integer program of a problem has."""
+    return sum(costs.size for costs in problem.pairs.values())
+
+
+def narrow(
+    problem: AssignmentProblem,
+    solve: Callable[[AssignmentProblem], Solution],
+    target: int,
+    prices: Prices | None = None,
+    known: float = np.inf,
+) -> Narrowed:
+    """Drop choices until about `target` flow variables are left, or nothing more can be dropped.
+
+    The optimum is unchanged, if it is below `known`, the cost of a solution found elsewhere. `solve` is called on
+    problems of about `target` flow variables. Memory: `prices` are seconds per byte at some times (Lagrange
+    multipliers), which raise the bound; any prices that are not negative give a valid one.
+    """
+    bound = _Bound.of(problem, prices or {})
+    best: tuple[float, tuple[int, ...]] = (known, ())
+    for _ in range(_ROUNDS):
+        for _ in range(_SWEEPS):
+            bound.sweep()
+        promising = restrict(problem, bound.promising(target))
+        try:
+            found = promising.expand(solve(promising.problem).choice)
+            best = min(best, (problem.cost(found), found))
+        except (InfeasibleError, SolverError):
+            pass  # the promising choices exclude each other or need too much memory; more sweeps tell them apart better
+        bound.drop(best[0], best[1])
+        if flow_entries(restrict(problem, bound.alive).problem) <= target:
+            break
+    return restrict(problem, bound.alive)
+
+
+def restrict(problem: AssignmentProblem, choices: Sequence[_Choices]) -> Narrowed:
+    """The problem over some of the choices of each node."""
+    unary = tuple(costs[c] for costs, c in zip(problem.unary, choices, strict=True))
+    pairs = {(i, j): costs[np.ix_(choices[i], choices[j])] for (i, j), costs in problem.pairs.items()}
+    usages = tuple(replace(u, bytes=u.bytes[choices[u.node]]) for u in problem.usages)
+    return Narrowed(replace(problem, unary=unary, pairs=pairs, usages=usages), tuple(choices))
+
+
+def priced(problem: AssignmentProblem, prices: Prices) -> tuple[AssignmentProblem, float]:
+    """The problem with memory paid for instead of limited, and what the limit's room costs at these prices.
+
+    Cost of a solution there, less that amount, is at most its cost in `problem`, if it fits the limit. Equal
+    parts keep equal arrays.
+    """
+    unary, made = list(problem.unary), dict[tuple[int, int, float], Costs]()
+    for time, price in sorted(prices.items()):
+        for u in problem.alive(time):
+            key = (id(unary[u.node]), id(u.bytes), price)
+            if key not in made:
+                made[key] = unary[u.node] + price * u.bytes
+            unary[u.node] = made[key]
+    room = problem.limit - problem.fixed_bytes
+    return replace(problem, unary=tuple(unary), usages=()), sum(prices.values()) * room if prices else 0.0
+
+
+@dataclass
+class _Bound:
+    """Rewritten costs over the choices that are `alive`."""
+
+    unary: list[Costs]
+    pairs: dict[tuple[int, int], Costs]
+    alive: list[_Choices]
+    offset: float = 0.0
+    at: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, problem: AssignmentProblem, prices: Prices) -> _Bound:
+        """`inf` becomes a cost that no solution reaches, so that differences stay numbers."""
+        problem, offset = priced(problem, prices)
+        finite = [c[np.isfinite(c)] for c in (*problem.unary, *problem.pairs.values())]
+        huge = 1e3 * sum(float(np.abs(c).max()) for c in finite if c.size) + 1.0
+        unary = [np.where(np.isfinite(c), c, huge) for c in problem.unary]
+        pairs = {e: np.where(np.isfinite(c), c, huge) for e, c in problem.pairs.items()}
+        self = cls(unary, pairs, [np.arange(len(c)) for c in unary], offset)
+        for e in pairs:
+            for node in e:
+                self.at.setdefault(node, []).append(e)
+        return self
+
+    def sweep(self) -> None:
+        """One handshake per edge: collect what both ends know, give it back evenly. Never lowers the bound."""
+        for (i, j), costs in self.pairs.items():
+            costs += self.unary[i][:, None] + self.unary[j][None, :]
+            first = costs.min(axis=1) / 2
+            costs -= first[:, None]
+            second = costs.min(axis=0)
+            costs -= second[None, :]
+            rest = costs.min(axis=1)
+            costs -= rest[:, None]
+            self.unary[i] = first + rest
+            self.unary[j] = second
+
+    def value(self) -> float:
+        """The lower bound."""
+        return sum(float(c.min()) for c in (*self.unary, *self.pairs.values())) - self.offset
+
+    def excess(self, node: int) -> Costs:
+        """By how much the bound rises when the node takes each of its choices."""
+        total = self.unary[node] - self.unary[node].min()
+        for i, j in self.at.get(node, ()):
+            costs = self.pairs[(i, j)]
+            total = total + costs.min(axis=1 if node == i else 0) - costs.min()
+        return total
+
+    def promising(self, target: int) -> list[_Choices]:
+        """The choices of least excess, as many as give about `target` flow variables."""
+        excess = [self.excess(i) for i in range(len(self.unary))]
+        levels = np.unique(np.concatenate(excess))
+        low, high = 0, len(levels) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            counts = [int((e <= levels[middle]).sum()) for e in excess]
+            size = sum(counts[i] * counts[j] for i, j in self.pairs)
+            low, high = (middle, high) if size <= target else (low, middle - 1)
+        return [c[e <= levels[low]] for c, e in zip(self.alive, excess, strict=True)]
+
+    def drop(self, known: float, choice: tuple[int, ...]) -> None:
+        """Drop every choice that can't be part of a solution better than one of cost `known`."""
+        room = known - self.value() + 1e-9 * abs(known)
+        for node in range(len(self.unary)):
+            keep = self.excess(node) <= room
+            if choice:
+                keep |= self.alive[node] == choice[node]
+            if not keep.all():
+                self._keep(node, keep)
+
+    def _keep(self, node: int, keep: npt.NDArray[np.bool_]) -> None:
+        self.alive[node] = self.alive[node][keep]
+        self.unary[node] = self.unary[node][keep]
+        for i, j in self.at.get(node, ()):
+            costs = self.pairs[(i, j)]
+            self.pairs[(i, j)] = costs[keep] if node == i else np.ascontiguousarray(costs[:, keep])
