@@ -51,6 +51,8 @@ class Method:
     axis_names: names of the mesh axes; "x", "y", "z" where not given.
     memory_budget_bytes: per device; the memory of the cluster's devices where not given.
     solver: "auto", "HiGHS" or "CBC". time_limit_s: for the solver, per mesh shape.
+    gap: where memory is short, a plan proven to be within this share of the optimum is taken; the plan states its
+        gap. 0 searches on until the optimum is proven. Where memory is not short, the plan is the optimum anyway.
     """
 
     mesh_shape: Literal["auto"] | tuple[int, ...] = "auto"
@@ -58,6 +60,7 @@ class Method:
     memory_budget_bytes: float | None = None
     solver: Literal["auto", "HiGHS", "CBC"] = "auto"
     time_limit_s: float = 600.0
+    gap: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.mesh_shape != "auto":
@@ -69,6 +72,8 @@ class Method:
             raise MethodError(f"axis_names must differ from each other, found {self.axis_names}")
         if self.memory_budget_bytes is not None and not self.memory_budget_bytes > 0:
             raise MethodError(f"memory_budget_bytes must be above 0, found {self.memory_budget_bytes}")
+        if not 0 <= self.gap < 1:
+            raise MethodError(f"gap must be at least 0 and less than 1, found {self.gap}")
         if not self.time_limit_s > 0:
             raise MethodError(f"time_limit_s must be above 0, found {self.time_limit_s}")
 

@@ -11,6 +11,7 @@ Parameters are placed with `in_shardings` and `out_shardings`. Activations are p
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -125,9 +126,11 @@ def _find(rules: Rules, path: str) -> str:
 def _sharding(mesh: Mesh, spec: str, shape: tuple[int, ...]) -> NamedSharding:
     """Axes that do not divide their dim are dropped."""
     names: dict[str, tuple[str, ...]] = {"f": ("f",), "t": ("t",), "b": ("f", "t"), "-": ()}
-    entries = [names[c] for c in spec[: len(shape)]]
-    sizes = [int(np.prod([mesh.shape[a] for a in axes])) for axes in entries]
-    return NamedSharding(mesh, P(*(axes if n % k == 0 else None for axes, n, k in zip(entries, shape, sizes))))
+    entries = [
+        names[c] if size % math.prod(mesh.shape[a] for a in names[c]) == 0 else None
+        for c, size in zip(spec, shape, strict=False)
+    ]
+    return NamedSharding(mesh, P(*entries))
 
 
 # ------------------------------------------------------------------------------------------------ the plans
@@ -178,7 +181,8 @@ FSDP_TP: Rules = {
 }
 
 EXPERTS: Rules = {"*moe/wi": "f--", "*moe/wo": "f--"}
-EXPERTS_TP: Rules = {**MEGATRON, "*moe/wi": "f-t", "*moe/wo": "ft-"}
+EXPERTS_TP_ONLY: Rules = {"*moe/wi": "f-t", "*moe/wo": "ft-"}
+EXPERTS_TP: Rules = {**MEGATRON, **EXPERTS_TP_ONLY}
 
 
 def _activations(residual: str, batch: str = "f", tensor: str = "t") -> Rules:
@@ -224,6 +228,7 @@ def _tensor_parallel(mesh: tuple[int, int]) -> list[Expert]:
         return found
     return [
         *found,
+        Expert("Megatron, ZeRO-2", mesh, MEGATRON, FSDP_TP, plain, ROW_PARALLEL),
         Expert("FSDP x TP", mesh, FSDP_TP, FSDP_TP, plain, ROW_PARALLEL),
         Expert("FSDP x TP, sequence parallel", mesh, FSDP_TP, FSDP_TP, sequence, {**ROW_PARALLEL, **GATHERED}),
         Expert("FSDP x TP, residual on t", mesh, FSDP_TP, FSDP_TP, _activations("f-t"), ROW_PARALLEL),
@@ -240,6 +245,10 @@ def _expert_parallel(devices: int) -> list[Expert]:
         Expert("expert parallel, FSDP", (devices, 1), zero, zero, alone, dispatched="f---"),
     ]
     for t in (n for n in range(2, devices) if devices % n == 0):
-        mesh = (devices // t, t)
-        found.append(Expert("expert x TP", mesh, EXPERTS_TP, EXPERTS_TP, _activations("f--"), dispatched="f---"))
+        mesh, pins = (devices // t, t), _activations("f--")
+        sharded = {**FSDP_TP, **EXPERTS_TP_ONLY}
+        found += [
+            Expert("expert x TP", mesh, EXPERTS_TP, EXPERTS_TP, pins, ROW_PARALLEL, dispatched="f---"),
+            Expert("expert x TP, ZeRO-2", mesh, EXPERTS_TP, sharded, pins, ROW_PARALLEL, dispatched="f---"),
+        ]
     return found

@@ -100,7 +100,7 @@ def _solve(
     problem = build(groups, cost, liveness, Restrictions(asked.tensors, asked.spread, asked.batch))
     limited = replace(problem.problem, limit=budget)
     try:
-        solution = solve(limited, solver=method.solver, time_limit_s=method.time_limit_s)
+        solution = solve(limited, solver=method.solver, time_limit_s=method.time_limit_s, gap=method.gap)
     except InfeasibleError:
         raise InfeasibleError(_too_large(trace, problem, budget, cost.mesh_shape)) from None
     return _Candidate(cost, replace(problem, problem=limited), solution)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import networkx as nx
 import numpy as np
 
 from alpa_like.errors import InfeasibleError, SolverError
@@ -32,14 +34,16 @@ _CUTS = 12
 _MAX_TIMES = 8
 
 
-def solve(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0) -> Solution:
-    """The optimum of `problem` within its memory limit.
+def solve(
+    problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0, gap: float = 0.0
+) -> Solution:
+    """The optimum of `problem` within its memory limit, or a solution proven to be within `gap` (relative) of it.
 
     Where time runs out, the best solution found, status "feasible", and its gap. Raises `InfeasibleError` where
     nothing fits the limit, `SolverError` where no solution was found in time.
     """
     problem.verify()
-    search = _Search(problem, solver, time.perf_counter(), time_limit_s)
+    search = _Search(problem, solver, time.perf_counter(), time_limit_s, max(gap, _CLOSE_ENOUGH))
     solution = search.free({})
     if not search.fits(solution.choice):
         solution = search.limited(solution)
@@ -112,6 +116,7 @@ class _Search:
     solver: str
     start: float
     time_limit_s: float
+    gap: float
     best: Solution | None = None
     bound: float = -np.inf
     prices: Prices = field(default_factory=dict)
@@ -140,7 +145,7 @@ class _Search:
                 break
             found = self.price(when, found)
             if self.closed():
-                return self.result("optimal")
+                return self.result()
         return self.exact()
 
     def price(self, when: int, below: Solution) -> Solution:
@@ -169,7 +174,58 @@ class _Search:
                 break
             below, above = (below, found) if fits else (found, above)
             self.prices[when] = cut
+        self.mix(below, above)
         return above
+
+    def mix(self, cheap: Solution, fitting: Solution) -> None:
+        """Take as many parts as fit from a solution that is cheaper, but needs too much memory.
+
+        The parts in which the two differ touch nothing else that differs, so each can be exchanged alone: of equal
+        layers some then take one choice and some the other.
+        """
+        parts = self.parts(cheap.choice, fitting.choice)
+        gains = sorted((self.gain(part, cheap.choice, fitting.choice), part) for part in parts)
+        useful = [part for gain, part in gains if gain < 0]
+
+        def taken(count: int) -> tuple[int, ...]:
+            nodes = {node for part in useful[:count] for node in part}
+            return tuple(c if i in nodes else f for i, (c, f) in enumerate(zip(cheap.choice, fitting.choice, strict=True)))
+
+        low, high = 0, len(useful)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(taken(middle)) else (low, middle - 1)
+        choice = taken(low)
+        cost = self.problem.cost(choice)
+        if self.fits(choice) and (self.best is None or cost < self.best.cost):
+            self.best = replace(fitting, choice=choice, cost=cost)
+
+    def parts(self, left: tuple[int, ...], right: tuple[int, ...]) -> list[list[int]]:
+        """The nodes in which two solutions differ, by connected parts."""
+        differ = {i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b}
+        graph: nx.Graph[int] = nx.Graph()
+        graph.add_nodes_from(differ)
+        graph.add_edges_from(e for e in self.problem.pairs if e[0] in differ and e[1] in differ)
+        return [sorted(part) for part in nx.connected_components(graph)]
+
+    def gain(self, part: list[int], new: tuple[int, ...], old: tuple[int, ...]) -> float:
+        """The change of the cost when a part takes its new choices."""
+        inside = set(part)
+        change = sum(float(self.problem.unary[i][new[i]] - self.problem.unary[i][old[i]]) for i in part)
+        for e in {e for i in part for e in self.edges[i]}:
+            costs = self.problem.pairs[e]
+            i, j = (new[n] if n in inside else old[n] for n in e)
+            change += float(costs[i, j] - costs[old[e[0]], old[e[1]]])
+        return change
+
+    @cached_property
+    def edges(self) -> dict[int, list[tuple[int, int]]]:
+        """The pairs that each node is part of."""
+        found: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(self.problem.unary))}
+        for e in self.problem.pairs:
+            for node in e:
+                found[node].append(e)
+        return found
 
     def crossing(self, below: Solution, above: Solution, when: int) -> float:
         """The price at which two solutions cost the same: where the bound is highest, if there is none between them."""
@@ -185,7 +241,7 @@ class _Search:
         return self.problem.fixed_bytes + used
 
     def closed(self) -> bool:
-        return self.best is not None and self.best.cost - self.bound <= _CLOSE_ENOUGH * abs(self.best.cost)
+        return self.best is not None and self.best.cost - self.bound <= self.gap * abs(self.best.cost)
 
     def exact(self) -> Solution:
         """The integer program with the limit at the times found so far, and at those that its solutions break."""
@@ -210,7 +266,7 @@ class _Search:
             raise SolverError(
                 f"no plan within the memory limit was found in {self.time_limit_s:.0f} s; allow more time"
             )
-        return self.result("optimal" if self.closed() else "feasible")
+        return self.result()
 
     def at(self, times: list[int]) -> Solution:
         """The optimum when the limit holds at `times`."""
@@ -224,6 +280,8 @@ class _Search:
         cost = self.problem.cost(choice)
         return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
 
-    def result(self, status: str) -> Solution:
+    def result(self) -> Solution:
+        """The best solution, "optimal" if it is proven to be within the gap that was asked for."""
         assert self.best is not None
+        status = "optimal" if self.closed() else "feasible"
         return replace(self.best, status=status, bound=min(self.bound, self.best.cost))
