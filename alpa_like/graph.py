@@ -86,7 +86,7 @@ def identity_rule(shape: tuple[int, ...]) -> Rule:
 class Op:
     """One operation, executed `count` times in a step.
 
-    `source` is the name stack of the equation it came from, `line` the user's file and line.
+    `source` is the name stack of the equation it came from; `line` the user's file and line, where it has no rule.
     `flops` are those of one execution, unsplit. `elementwise` says that all operands and results have the
     same dims, so that they carry one sharding along. `linear` says that it maps partial sums to partial sums.
     `depends` lists scalar operands too; `operands` only those that the rule mentions.

@@ -1,6 +1,6 @@
 """Reads a StableHLO module into an `OpGraph`, and remembers which MLIR op each `Op` came from.
 
-Input: a module whose call graph is a tree and whose ops carry `sdy.sharding_rule` (`annotate` does both).
+Input: a module without calls whose ops carry `sdy.sharding_rule` (`annotate` sees to both).
 The walk is deterministic, so two modules of one program give equal graphs and the plan made on one can be
 enforced on the other.
 """
@@ -18,10 +18,11 @@ from jax.extend.mlir.dialects import sdy
 
 from alpa_like.errors import GraphError
 from alpa_like.graph import Op, OpGraph, Rule, Tensor, identity_rule
+from alpa_like.inline import inline_calls, where
 
 __all__ = ["Reading", "annotate", "read", "strip"]
 
-_PIPELINE = "builtin.module(sdy-flatten-call-graph,func.func(sdy-populate-op-sharding-rules))"
+_PIPELINE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 _FREE = ("stablehlo.constant", "stablehlo.iota", "stablehlo.partition_id")
 _TERMINATORS = ("stablehlo.return", "func.return", "sdy.return")
 _COMBINERS = ("add", "maximum", "minimum", "and", "or", "xor")
@@ -29,7 +30,8 @@ _NOT_ELEMENTWISE = ("chlo.top_k", "chlo.ragged_dot")
 
 
 def annotate(module: Any) -> None:
-    """Give every call its own function and every op its sharding rule, in place."""
+    """Inline all calls and give every op its sharding rule, in place."""
+    inline_calls(module)
     with module.context:
         passmanager.PassManager.parse(_PIPELINE).run(module.operation)
 
@@ -55,9 +57,8 @@ class Reading:
 
 def read(module: Any) -> Reading:
     """The graph of the module's function `main`. Raises `GraphError` for manual (shard_map) computations."""
-    functions = {_symbol(op): op for op in module.body.operations if op.operation.name == "func.func"}
-    reader = _Reader(functions)
-    block = functions["main"].regions[0].blocks[0]
+    reader = _Reader()
+    block = next(op for op in module.body.operations if op.operation.name == "func.func").regions[0].blocks[0]
     arguments = tuple(reader.new_tensor(a, -1) for a in block.arguments)
     results = reader.walk(block, 1.0)
     graph = OpGraph(tuple(reader.tensors), tuple(reader.ops), arguments, tuple(results), tuple(reader.aliases))
@@ -65,13 +66,8 @@ def read(module: Any) -> Reading:
     return Reading(graph, reader.handles, reader.ports)
 
 
-def _symbol(op: Any) -> str:
-    return str(op.operation.attributes["sym_name"]).strip('"')
-
-
 @dataclass
 class _Reader:
-    functions: dict[str, Any]
     tensors: list[Tensor] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
@@ -110,14 +106,12 @@ class _Reader:
                 self.loop(op, count)
             case "stablehlo.case" | "stablehlo.if":
                 self.branches(op, count)
-            case "func.call":
-                self.call(op, count)
             case "stablehlo.optimization_barrier":
                 self.barrier(op, count)
             case "sdy.manual_computation":
-                where = _source(op)[1]
+                line = where(op.location, line=True)[1]
                 raise GraphError(
-                    f"the step contains a shard_map at {where}: expected a program for one device; remove the shard_map"
+                    f"the step contains a shard_map at {line}: expected a program for one device; remove the shard_map"
                 )
             case _:
                 self.plain(op, count)
@@ -139,7 +133,7 @@ class _Reader:
         has_rule: bool = True,
         ports: tuple[int, ...] = (),
     ) -> None:
-        source, line = _source(handle)
+        source, line = where(handle.location, line=not has_rule)
         shapes = [self.tensors[t].shape for t in (*operands, *results)]
         carries = has_rule and name not in ("enter", "yield") and _carries_layout(rule, shapes)
         flops = _flops(handle, name, shapes, rule)
@@ -188,14 +182,6 @@ class _Reader:
             dims = identity_rule(self.tensors[out].shape)
             rule = Rule(dims.sizes, dims.operands * len(values), dims.results)
             self.emit(op, "branch", values, [out], rule, count)
-
-    def call(self, op: Any, count: float) -> None:
-        callee = str(op.attributes["callee"]).removeprefix("@").strip('"')
-        block = self.functions[callee].regions[0].blocks[0]
-        for arg, operand in zip(block.arguments, op.operands, strict=True):
-            self.env[arg] = self.env[operand]
-        for result, tensor in zip(op.results, self.walk(block, count), strict=True):
-            self.env[result] = tensor
 
     def barrier(self, op: Any, count: float) -> None:
         for i, (operand, result) in enumerate(zip(op.operands, op.results, strict=True)):
@@ -308,15 +294,6 @@ def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) ->
         features = shapes[1][numbers[1].split(", ").index("o")] if numbers else 1
         return 2.0 * math.prod(shapes[2]) * math.prod(shapes[1]) / features
     return float(max((math.prod(s) for s in shapes), default=0))
-
-
-def _source(op: Any) -> tuple[str, str]:
-    """The op's name stack, such as `jvp(GPT)/h0/up/dot_general`, and the innermost user file and line."""
-    text = str(op.location)
-    name = re.match(r'loc\("([^"]*)"', text)
-    files = re.search(r'\("([^"]+\.py)":(\d+)', text)
-    stack = name[1] if name else ""
-    return re.sub(r"^jit\([^)]*\)/", "", stack), f"{files[1]}:{files[2]}" if files else ""
 
 
 def _constant_int(value: Any) -> int | None:

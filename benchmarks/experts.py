@@ -250,5 +250,6 @@ def _expert_parallel(devices: int) -> list[Expert]:
         found += [
             Expert("expert x TP", mesh, EXPERTS_TP, EXPERTS_TP, pins, ROW_PARALLEL, dispatched="f---"),
             Expert("expert x TP, ZeRO-2", mesh, EXPERTS_TP, sharded, pins, ROW_PARALLEL, dispatched="f---"),
+            Expert("expert x FSDP x TP", mesh, sharded, sharded, pins, ROW_PARALLEL, dispatched="f---"),
         ]
     return found
