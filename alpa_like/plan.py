@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, PlanError
 
-__all__ = ["Pin", "Placed", "Plan", "Predicted", "SolverReport", "Spec", "StagePlan", "partition_spec", "spec_text"]
+__all__ = ["PartialSum", "Pin", "Placed", "Plan", "Predicted", "SolverReport", "Spec", "StagePlan", "partition_spec", "spec_text"]
 
 FORMAT = 1
 
@@ -51,6 +51,20 @@ class Pin:
     port: int
     result: bool
     path: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartialSum:
+    """An `add` of partial sums that is reduced once, after the addition, over some mesh axes.
+
+    `spec` is the layout of its operands, partial axes left out. `splits` names each contraction behind it and, per
+    axis of `axes`, the factor of that op that the axis splits.
+    """
+
+    op: int
+    axes: tuple[int, ...]
+    spec: Spec
+    splits: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +105,7 @@ class StagePlan:
     inputs: tuple[Placed, ...]
     outputs: tuple[Placed, ...]
     pins: tuple[Pin, ...]
+    sums: tuple[PartialSum, ...] = ()
 
     def verify(self) -> None:
         """Raise `PlanError` where a spec names an unknown axis, uses one twice, or does not divide its dim."""
@@ -107,6 +122,8 @@ class StagePlan:
                         f"stage {self.name}: dim {dim} of {placed.path} has {placed.shape[dim]} elements, which "
                         f"{parts} devices do not divide; choose another axis or none for this dim"
                     )
+        for total in self.sums:
+            self._verify_spec((*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes))
         for pin in self.pins:
             for spec in pin.path:
                 self._verify_spec(spec, f"op {pin.op}, {'result' if pin.result else 'operand'} {pin.port}", len(spec))
@@ -313,6 +330,7 @@ def _to_json(plan: Plan) -> dict[str, Any]:
     data["cluster"] = plan.cluster.to_json()
     for stage in data["stages"]:
         stage["pins"] = [[p["op"], p["port"], p["result"], p["path"]] for p in stage["pins"]]
+        stage["sums"] = [[t["op"], t["axes"], t["spec"], t["splits"]] for t in stage["sums"]]
     return data
 
 
@@ -354,7 +372,12 @@ def _stage(data: dict[str, Any]) -> StagePlan:
         tuple(placed(p) for p in data["inputs"]),
         tuple(placed(p) for p in data["outputs"]),
         tuple(Pin(op, port, result, tuple(_spec(s) for s in path)) for op, port, result, path in data["pins"]),
+        tuple(PartialSum(op, tuple(axes), _spec(spec), _splits(splits)) for op, axes, spec, splits in data["sums"]),
     )
+
+
+def _splits(splits: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple((int(op), tuple(int(f) for f in factors)) for op, factors in splits)
 
 
 def _spec(dims: Any) -> Spec:

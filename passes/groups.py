@@ -11,6 +11,10 @@ One tensor can exist in several *versions*, each in its own group, with a reshar
     shared   as several heavy ops read it: one gather serves forward and backward
     out      as a result leaves; a state's result is stored as the state is
 
+A sum of partial sums is a partial sum. Where an `add` adds what contractions made (the two gradients of a tied
+embedding, or what several matmuls send back to one activation), it becomes a node, and its operands may stay
+partial, so that one collective serves all of them.
+
 Dims of one element can't be split and are left out everywhere here.
 """
 
@@ -23,6 +27,11 @@ from functools import cached_property
 from alpa_like.graph import Op, OpGraph
 
 __all__ = ["Copy", "Groups", "Member", "Port", "form_groups", "wide_dims"]
+
+_SUMMED = ("stablehlo.dot_general", "stablehlo.scatter")
+"""Ops whose partial sums can be held back; `passes.sums` knows how."""
+
+_LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert")
 
 _LIGHT = ("stablehlo.broadcast_in_dim", "stablehlo.reduce", "stablehlo.reshape")
 
@@ -61,11 +70,19 @@ def wide_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d for d, size in enumerate(shape) if size > 1)
 
 
+def widens(source: str, target: str) -> bool:
+    """Whether a conversion between floating-point types loses nothing, so that a sum may be taken after it."""
+    floats = ("bf16", "f16", "f32", "f64")
+    order = (("f16", "f32"), ("bf16", "f32"), ("f32", "f64"), ("f16", "f64"), ("bf16", "f64"))
+    return source in floats and (source == target or (source, target) in order)
+
+
 @dataclass(frozen=True)
 class Groups:
     """Invariant: every port and copy refers to members in `members`; group numbers are 0 … len(shapes) − 1.
 
-    `shapes[g]` are the sizes of group g's dims; `nodes` the ops that are nodes, in program order.
+    `shapes[g]` are the sizes of group g's dims; `nodes` the ops that are nodes, in program order; `sums` the
+    `add`s among them whose operands may be partial sums.
     """
 
     graph: OpGraph
@@ -74,6 +91,20 @@ class Groups:
     nodes: tuple[int, ...]
     ports: tuple[Port, ...]
     copies: tuple[Copy, ...]
+    sums: frozenset[int] = frozenset()
+
+    @cached_property
+    def partial_groups(self) -> frozenset[int]:
+        """The groups that may hold partial sums: all that is read by, or made for, an `add` in `sums`."""
+        read = {p.member.group for p in self.ports if p.op in self.sums and not p.result}
+        return frozenset(read)
+
+    @cached_property
+    def summed(self) -> frozenset[int]:
+        """The ops that make what is held back."""
+        return frozenset(
+            p.op for p in self.ports if p.result and p.member.group in self.partial_groups and p.op not in self.sums
+        )
 
     @cached_property
     def by_group(self) -> tuple[tuple[Member, ...], ...]:
@@ -117,13 +148,33 @@ class _Builder:
     def __post_init__(self) -> None:
         self.wide = [wide_dims(t.shape) for t in self.graph.tensors]
         self.is_node = {op.id for op in self.graph.ops if not op.elementwise and self._has_wide(op)}
+        self.sums = frozenset(op.id for op in self.graph.ops if self._is_sum(op))
         self.arguments = set(self.graph.arguments)
+        self.is_node |= self.sums | {op.id for op in self.graph.ops if self._turns_argument(op)}
         for tensor in self.graph.tensors:
             if self.wide[tensor.id]:
                 self._split(tensor.id)
 
     def _has_wide(self, op: Op) -> bool:
         return any(self.wide[t] for t in (*op.operands, *op.results))
+
+    def _turns_argument(self, op: Op) -> bool:
+        """Whether an op transposes a parameter: it then reads it as heavy ops do, and not as the update does."""
+        return op.name == "stablehlo.transpose" and op.operands[0] in self.arguments and self._has_wide(op)
+
+    def _is_sum(self, op: Op) -> bool:
+        """Whether an op adds two tensors that contractions made and nothing else reads."""
+        return op.name == "stablehlo.add" and self._has_wide(op) and all(self._held_back(t) for t in op.operands)
+
+    def _held_back(self, tensor: int) -> bool:
+        maker = self.graph.tensors[tensor].op
+        if maker < 0 or len(self.graph.uses[tensor]) != 1 or tensor in self.graph.results:
+            return False
+        op = self.graph.ops[maker]
+        if op.name in _LINEAR and op.elementwise:
+            before = self.graph.tensors[op.operands[0]].dtype
+            return widens(before, self.graph.tensors[tensor].dtype) and self._held_back(op.operands[0])
+        return (op.name in _SUMMED and bool(op.rule.reduction)) or self._is_sum(op)
 
     def _split(self, tensor: int) -> None:
         """Decide which versions of a tensor there are."""
@@ -226,7 +277,9 @@ class _Builder:
             members[key] = Member(key[0], key[1], numbers[top], dims)
         copies = [Copy(members[a], members[b], n) for a, b, n in self.copies]
         moved = tuple(c for c in copies if (c.source.group, c.source.dims) != (c.target.group, c.target.dims))
-        return Groups(self.graph, tuple(shapes), members, tuple(self.nodes), self._ports(members), moved)
+        return Groups(
+            self.graph, tuple(shapes), members, tuple(self.nodes), self._ports(members), moved, self.sums
+        )
 
     def _ports(self, members: dict[_Key, Member]) -> tuple[Port, ...]:
         ports: list[Port] = []

@@ -43,7 +43,7 @@ Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor."""
 
 _FREE_OPS = frozenset(
-    f"stablehlo.{n}" for n in ("broadcast_in_dim", "reshape", "slice", "pad", "concatenate", "reverse")
+    f"stablehlo.{n}" for n in ("broadcast_in_dim", "reshape", "slice", "pad", "concatenate", "reverse", "transpose")
 ) | {"enter", "yield", "branch", "barrier"}
 """Ops that are fused into their users, or only move a name."""
 
@@ -172,16 +172,19 @@ class _Builder:
         required = {self.required(m) for m in members if (m.tensor, m.version) in self.restrictions.tensors}
         stored = any(m.tensor in self.liveness.stored and m.version in ("home", "out") for m in members)
         spread = any(m.tensor in self.restrictions.spread and m.version == "home" for m in members)
-        key = (shape, frozenset(required), stored, spread)
+        partial = group in self.groups.partial_groups
+        key = (shape, frozenset(required), stored, spread, partial)
         if key not in self.lists:
-            self.lists[key] = self.allowed(shape, required, stored, spread)
+            self.lists[key] = self.allowed(shape, required, stored, spread, partial)
         if not self.lists[key]:
             raise PlanError(self.conflict(members))
         return self.lists[key]
 
-    def allowed(self, shape: tuple[int, ...], required: set[State], stored: bool, spread: bool) -> list[State]:
+    def allowed(
+        self, shape: tuple[int, ...], required: set[State], stored: bool, spread: bool, partial: bool
+    ) -> list[State]:
         space = self.space(shape, 32)
-        found = [s for s in states_of(len(shape), self.mesh, partial=False) if space.possible(s)]
+        found = [s for s in states_of(len(shape), self.mesh, partial=partial) if space.possible(s)]
         if stored:
             found = [s for s in found if all(n % k == 0 for n, k in zip(shape, space.shards(s), strict=True))]
         if spread and found:
@@ -207,11 +210,12 @@ class _Builder:
 
     def strategies(self, op: Op) -> list[State]:
         """All ways to give each mesh axis to a factor or to none, that every operand and result can follow."""
-        allowed = self.factors(op)
-        key = ("strategies", op.rule, allowed)
+        allowed, even = self.factors(op), op.id in self.groups.summed
+        rest = (PARTIAL, WHOLE) if op.id in self.groups.sums else (WHOLE,)
+        key = ("strategies", op.rule, allowed, rest, even)
         if key not in self.lists:
-            places = [(WHOLE, *allowed) if n > 1 else (WHOLE,) for n in self.mesh]
-            self.lists[key] = [s for s in itertools.product(*places) if self.fits(op.rule, s)]
+            places = [(*rest, *allowed) if n > 1 else (WHOLE,) for n in self.mesh]
+            self.lists[key] = [s for s in itertools.product(*places) if self.fits(op.rule, s, even)]
         return self.lists[key]
 
     def factors(self, op: Op) -> tuple[int, ...]:
@@ -226,9 +230,12 @@ class _Builder:
         }
         return tuple(f for f in free if f in batch) if batch else free
 
-    def fits(self, rule: Rule, strategy: State) -> bool:
+    def fits(self, rule: Rule, strategy: State, even: bool) -> bool:
+        """Whether operands and results can be split so; `even`: what is summed away must divide, to be held back."""
         shards = _factor_shards(rule, strategy, self.mesh)
         if any(n > size for n, size in zip(shards, rule.sizes, strict=True)):
+            return False
+        if even and any(rule.sizes[f] % shards[f] for f in rule.reduction):
             return False
         return all(
             _compound_fits(rule, dim, strategy, shards) for t in (*rule.operands, *rule.results) for dim in t
@@ -270,8 +277,8 @@ class _Builder:
         if op.name in _FREE_OPS:
             return share * op.flops * _TIE_BREAK_S_PER_BYTE
         tensors = zip((*op.rule.operands, *op.rule.results), bits, strict=True)
-        nbytes = sum(math.prod(local[f] for dim in dims for f in dim) * b / 8 for dims, b in tensors)
-        return self.cost.compute_s(op.flops * share, nbytes, dtype)
+        nbytes = [math.prod(local[f] for dim in dims for f in dim) * b / 8 for dims, b in tensors]
+        return self.cost.compute_s(op.flops * share, _touched(op.name, nbytes), dtype)
 
     def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
         node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
@@ -351,6 +358,25 @@ class _Builder:
         return self.cache[key]
 
 
+def _touched(name: str, nbytes: list[float]) -> float:
+    """Bytes that an op moves through memory, given those of its operands and its result on one device.
+
+    Gathers and slices read what they return; scatters and slice updates read and write what they are given, the
+    scatter in a buffer that is filled first.
+    """
+    match name:
+        case "stablehlo.gather" | "stablehlo.dynamic_slice":
+            return 2 * nbytes[-1]
+        case "stablehlo.scatter":
+            return nbytes[-1] + 2 * nbytes[2]
+        case "stablehlo.dynamic_update_slice":
+            return 2 * nbytes[1]
+        case "stablehlo.add":  # of contractions: matmuls add to what is there, which costs one more read
+            return nbytes[0]
+        case _:
+            return sum(nbytes)
+
+
 def _factor_shards(rule: Rule, strategy: State, mesh: tuple[int, ...]) -> list[int]:
     shards = [1] * len(rule.sizes)
     for axis, factor in enumerate(strategy):
@@ -379,5 +405,7 @@ def port_state(rule: Rule, port: Port, strategy: State, shape: tuple[int, ...]) 
     """The state that a strategy needs at an operand, or makes at a result (partial sums included)."""
     dims = (rule.results if port.result else rule.operands)[port.port]
     place = {f: k for k, d in enumerate(wide_dims(shape)) for f in dims[d]}
-    partial = PARTIAL if port.result else WHOLE
-    return tuple(place.get(f, partial if f in rule.reduction else WHOLE) for f in strategy)
+    left = PARTIAL if port.result else WHOLE
+    return tuple(
+        PARTIAL if f == PARTIAL else place.get(f, left if f in rule.reduction else WHOLE) for f in strategy
+    )

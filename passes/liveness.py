@@ -103,7 +103,8 @@ class Liveness:
         if maker < 0:
             return sum(1.0 for op, _ in self.graph.uses[tensor] if self.graph.ops[op].elementwise)
         op = self.graph.ops[maker]
-        return 2.0 * op.count if op.elementwise and self.materialized[tensor] else 0.0
+        fills = all(not self.graph.tensors[t].shape for t in op.operands)  # the reader's cost includes the fill
+        return 2.0 * op.count if op.elementwise and self.materialized[tensor] and not fills else 0.0
 
 
 def _fusible(op: Op) -> bool:

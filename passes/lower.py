@@ -24,6 +24,7 @@ from jax.tree_util import tree_unflatten
 
 from alpa_like import stablehlo
 from alpa_like.errors import PlanError
+from alpa_like.passes.sums import hold_back
 from alpa_like.plan import Pin, Placed, Plan, Spec, StagePlan, partition_spec
 from alpa_like.tracer import Trace
 
@@ -117,6 +118,8 @@ def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
         for pin in stage.pins:
             if not pin.result:
                 writer.pin_operand(pin)
+        for total in stage.sums:
+            hold_back(reading, total, stage, writer.attribute)
     stablehlo.strip(reading)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from alpa_like.cost import CostModel
-from alpa_like.graph import dtype_bits
+from alpa_like.graph import Op, dtype_bits
 from alpa_like.passes.groups import Groups, Port, wide_dims
 from alpa_like.passes.intra import Decision, port_state, spec_of
 from alpa_like.passes.layouts import PARTIAL, WHOLE, Move, State, TensorSpace
 from alpa_like.passes.liveness import Liveness
-from alpa_like.plan import Pin, Spec
+from alpa_like.plan import PartialSum, Pin, Spec
 
 __all__ = ["PinWriter"]
 
@@ -36,7 +36,35 @@ class PinWriter:
 
     def pins(self) -> tuple[Pin, ...]:
         """One pin per operand and result of a node op, and per operand that an element-wise op reads in another layout."""
-        return (*(self.port_pin(p) for p in self.groups.ports), *self.light_pins())
+        found = (self.port_pin(p) for p in self.groups.ports)
+        return (*(p for p in found if p), *self.light_pins())
+
+    def sums(self) -> tuple[PartialSum, ...]:
+        """The sums of partial sums that are reduced once: outermost `add`s and what is held back for each."""
+        found: list[PartialSum] = []
+        for op in (self.groups.graph.ops[i] for i in sorted(self.groups.sums)):
+            axes = tuple(a for a, place in enumerate(self.decision.strategies[op.id]) if place == PARTIAL)
+            layout = self.decision.layouts[(op.results[0], "home")]
+            if any(layout[a] != PARTIAL for a in axes):
+                state = port_state(op.rule, self.result_port(op), self.decision.strategies[op.id], self.shape(op))
+                splits = tuple(sorted(self.splits(op, axes)))
+                found.append(PartialSum(op.id, axes, spec_of(state, self.shape(op)), splits))
+        return tuple(found)
+
+    def shape(self, op: Op) -> tuple[int, ...]:
+        return self.groups.graph.tensors[op.results[0]].shape
+
+    def result_port(self, op: Op) -> Port:
+        return Port(op.id, 0, True, self.groups.home(op.results[0]))
+
+    def splits(self, op: Op, axes: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The contractions behind an `add`, each with the factor that each of the axes splits."""
+        for tensor in op.operands:
+            maker = self.groups.graph.ops[self.groups.graph.tensors[tensor].op]
+            if maker.id in self.groups.summed:
+                yield maker.id, tuple(self.decision.strategies[maker.id][a] for a in axes)
+            else:
+                yield from self.splits(maker, axes)
 
     def traffic(self) -> dict[str, float]:
         """Ring bytes that each device sends in a step, by kind of collective."""
@@ -76,9 +104,12 @@ class PinWriter:
         layout = self.decision.layouts[(tensor, port.member.version)]
         return self.moves(tensor, state, layout) if port.result else self.moves(tensor, layout, state)
 
-    def port_pin(self, port: Port) -> Pin:
+    def port_pin(self, port: Port) -> Pin | None:
+        """The pin of a port; None where the tensor holds partial sums, which `sums` sees to."""
         tensor, version = port.member.tensor, port.member.version
         moves = self.port_moves(port)
+        if PARTIAL in (moves[-1].target if moves else self.decision.layouts[(tensor, version)]):
+            return None
         home = self.decision.layouts[(tensor, "home")]
         if not port.result and version != "home":
             moves = (*self.moves(tensor, home, self.decision.layouts[(tensor, version)]), *moves)

@@ -156,6 +156,7 @@ def _write(
         tuple(_placed(writer, leaf, t, "home") for leaf, t in zip(trace.arguments, trace.graph.arguments, strict=True)),
         tuple(_placed(writer, leaf, t, "out") for leaf, t in zip(trace.results, trace.graph.results, strict=True)),
         writer.pins(),
+        writer.sums(),
     )
     compute = best.problem.compute_s(best.solution.choice)
     predicted = Predicted(
