@@ -51,12 +51,14 @@ class ParallelFunction:
         static_argnums: tuple[int, ...],
     ) -> None:
         self.fun, self.method = fun, method
-        self.donate_argnums, self.batch_argnums, self.static_argnums = donate_argnums, batch_argnums, static_argnums
+        self.donate_argnums: Literal["auto"] | tuple[int, ...] = donate_argnums
+        self.batch_argnums, self.static_argnums = batch_argnums, static_argnums
         self._last: tuple[tuple[Any, ...], Executable] | None = None
         self._last_plan: tuple[Plan, Trace] | None = None
         self._traces: dict[Signature, Trace] = {}
         self._executables: dict[Signature, Executable] = {}
         self._plans: dict[tuple[Signature, Cluster], Plan] = {}
+        self.__name__: str = getattr(fun, "__name__", type(fun).__name__)
         functools.update_wrapper(self, fun)
 
     @property
@@ -197,6 +199,8 @@ def parallelize(
             batch_argnums=batch_argnums,
             static_argnums=static_argnums,
         )
+    if isinstance(donate_argnums, str) and donate_argnums != "auto":
+        raise MethodError(f"donate_argnums must be 'auto' or argument numbers, found {donate_argnums!r}")
     if not callable(fun):
         raise TraceError(f"parallelize needs a function, found {fun!r}; options go by name, as in method=...")
     if method is not None and not isinstance(method, Method):
@@ -204,7 +208,7 @@ def parallelize(
     return ParallelFunction(
         fun,
         method or ShardParallel(),
-        donate_argnums if donate_argnums == "auto" else _argnums(donate_argnums, "donate_argnums"),
+        "auto" if isinstance(donate_argnums, str) else _argnums(donate_argnums, "donate_argnums"),
         _argnums(batch_argnums, "batch_argnums"),
         _argnums(static_argnums, "static_argnums"),
     )
@@ -217,9 +221,7 @@ def _argnums(given: int | Sequence[int] | str, name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in numbers)
 
 
-def create_state(
-    init_fn: Callable[..., Any], *args: Any, like: ParallelFunction | Executable
-) -> Any:
+def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction | Executable) -> Any:
     """`init_fn(*args)`, born sharded as the plan of `like` wants it: no device ever holds the whole.
 
     `like` must have been planned, compiled or called. Raises `PlanError` where it was not, or where it takes no

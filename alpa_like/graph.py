@@ -178,7 +178,7 @@ class OpGraph:
 
 def batch_dims(graph: OpGraph, batch: frozenset[int]) -> dict[int, frozenset[int]]:
     """Which dims of each tensor follow from dim 0 of the tensors in `batch`, op by op. Tensors without are left out."""
-    found = {t: frozenset((0,)) for t in batch if graph.tensors[t].shape}
+    found: dict[int, frozenset[int]] = {t: frozenset((0,)) for t in batch if graph.tensors[t].shape}
     for op in graph.ops if found else ():
         factors = {
             f

@@ -66,7 +66,9 @@ class Method:
         if self.mesh_shape != "auto":
             shape = tuple(self.mesh_shape)
             if not 1 <= len(shape) <= 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-                raise MethodError(f"mesh_shape must be 'auto' or 1 to 3 positive whole numbers, found {self.mesh_shape!r}")
+                raise MethodError(
+                    f"mesh_shape must be 'auto' or 1 to 3 positive whole numbers, found {self.mesh_shape!r}"
+                )
             object.__setattr__(self, "mesh_shape", shape)
         if self.axis_names is not None and len(set(self.axis_names)) != len(self.axis_names):
             raise MethodError(f"axis_names must differ from each other, found {self.axis_names}")
@@ -227,9 +229,7 @@ def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
     if isinstance(given, Sequence) and not _is_spec(given) and isinstance(full, tuple):
         given = tuple(given)
     try:
-        found = jax.tree.map(
-            lambda spec, part: jax.tree.map(lambda _: (spec,), part), given, full, is_leaf=_is_spec
-        )
+        found = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: (spec,), part), given, full, is_leaf=_is_spec)
     except (TypeError, ValueError) as error:
         raise MethodError(f"the specs are no prefix of the arguments or results: {error}") from None
     flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1 and _is_spec(x[0]))
@@ -285,6 +285,4 @@ def _factorizations(devices: int, axes: int = 3) -> list[tuple[int, ...]]:
 def _products(devices: int, count: int) -> list[tuple[int, ...]]:
     if count == 1:
         return [(devices,)] if devices > 1 else []
-    return [
-        (n, *rest) for n in range(2, devices) if devices % n == 0 for rest in _products(devices // n, count - 1)
-    ]
+    return [(n, *rest) for n in range(2, devices) if devices % n == 0 for rest in _products(devices // n, count - 1)]

@@ -21,7 +21,18 @@ from jax.sharding import PartitionSpec
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, PlanError
 
-__all__ = ["PartialSum", "Pin", "Placed", "Plan", "Predicted", "SolverReport", "Spec", "StagePlan", "partition_spec", "spec_text"]
+__all__ = [
+    "PartialSum",
+    "Pin",
+    "Placed",
+    "Plan",
+    "Predicted",
+    "SolverReport",
+    "Spec",
+    "StagePlan",
+    "partition_spec",
+    "spec_text",
+]
 
 FORMAT = 1
 
@@ -110,7 +121,9 @@ class StagePlan:
     def verify(self) -> None:
         """Raise `PlanError` where a spec names an unknown axis, uses one twice, or does not divide its dim."""
         if len(self.axis_names) != len(self.mesh_shape) or len(set(self.axis_names)) != len(self.axis_names):
-            raise PlanError(f"stage {self.name}: mesh {self.mesh_shape} needs one name per axis, found {self.axis_names}")
+            raise PlanError(
+                f"stage {self.name}: mesh {self.mesh_shape} needs one name per axis, found {self.axis_names}"
+            )
         if math.prod(self.mesh_shape) != self.devices[1]:
             raise PlanError(f"stage {self.name}: mesh {self.mesh_shape} does not have {self.devices[1]} devices")
         for placed in (*self.inputs, *self.outputs):
@@ -123,7 +136,9 @@ class StagePlan:
                         f"{parts} devices do not divide; choose another axis or none for this dim"
                     )
         for total in self.sums:
-            self._verify_spec((*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes))
+            self._verify_spec(
+                (*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes)
+            )
         for pin in self.pins:
             for spec in pin.path:
                 self._verify_spec(spec, f"op {pin.op}, {'result' if pin.result else 'operand'} {pin.port}", len(spec))
@@ -180,9 +195,7 @@ class Plan:
     @property
     def shardings(self) -> dict[str, PartitionSpec]:
         """How every argument and result is sharded, by its path in the pytree."""
-        return {
-            p.path: partition_spec(p.spec, s.axis_names) for s in self.stages for p in (*s.inputs, *s.outputs)
-        }
+        return {p.path: partition_spec(p.spec, s.axis_names) for s in self.stages for p in (*s.inputs, *s.outputs)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
@@ -194,7 +207,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan that `save` wrote. Raises `PlanError` for a file that is cut short, of another version, or no plan."""
+        """The plan that `save` wrote. `PlanError` for a file that is cut short, of another version, or no plan."""
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:
@@ -263,7 +276,9 @@ def _header(plan: Plan) -> list[str]:
         f"solver {s.solver} {s.status}, gap {s.gap:.2g}, {s.variables} variables, {s.seconds:.2f} s",
     ]
     if len(s.considered) > 1:
-        lines.append("meshes " + ", ".join(f"{name} {_seconds(t) if t < math.inf else '-'}" for name, t in s.considered))
+        lines.append(
+            "meshes " + ", ".join(f"{name} {_seconds(t) if t < math.inf else '-'}" for name, t in s.considered)
+        )
     return lines + [f"warning: {w}" for w in plan.warnings]
 
 
@@ -271,7 +286,10 @@ def _describe(plan: Plan) -> Iterator[str]:
     yield from _header(plan)
     for stage in plan.stages:
         axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
-        yield f"stage {stage.name} on {stage.devices[1]} devices, mesh ({axes}), {len(stage.pins)} layouts pinned inside"
+        inside = f"{len(stage.pins)} layouts pinned inside"
+        if stage.sums:
+            inside += f", {len(stage.sums)} sums reduced once"
+        yield f"stage {stage.name} on {stage.devices[1]} devices, mesh ({axes}), {inside}"
         rows = [("tensor", "count", "shape", "sharding", "per device"), *_rows(stage)]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
         for row in rows:
@@ -342,21 +360,21 @@ def _from_json(data: Any, where: str) -> Plan:
             f"{where} is a plan of format {data['format']}, this version reads format {FORMAT}; plan the step again"
         )
     try:
+        solver = dict(data["solver"])
+        considered = tuple((str(name), float(seconds)) for name, seconds in solver.pop("considered"))
         return Plan(
-            **{
-                **data,
-                "cluster": Cluster.from_json(data["cluster"]),
-                "stages": tuple(_stage(s) for s in data["stages"]),
-                "predicted": Predicted(**data["predicted"]),
-                "solver": SolverReport(
-                    **{**data["solver"], "considered": tuple((n, t) for n, t in data["solver"]["considered"])}
-                ),
-                "warnings": tuple(data["warnings"]),
-            }
+            function=data["function"],
+            program=data["program"],
+            method=data["method"],
+            cluster=Cluster.from_json(data["cluster"]),
+            stages=tuple(_stage(s) for s in data["stages"]),
+            predicted=Predicted(**data["predicted"]),
+            solver=SolverReport(**solver, considered=considered),
+            warnings=tuple(data["warnings"]),
         )
     except AlpaError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{where} is no complete plan ({type(error).__name__}: {error}); save the plan again") from None
 
 

@@ -217,9 +217,7 @@ def _replicated(ins: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> Rule
     for shape in (*ins, *outs):
         dims.append(tuple((len(sizes) + i,) for i in range(len(shape))))
         sizes.extend(shape)
-    return Rule(
-        tuple(sizes), tuple(dims[: len(ins)]), tuple(dims[len(ins) :]), fixed=frozenset(range(len(sizes)))
-    )
+    return Rule(tuple(sizes), tuple(dims[: len(ins)]), tuple(dims[len(ins) :]), fixed=frozenset(range(len(sizes))))
 
 
 def _parse_rule(attribute: Any) -> Rule:
@@ -252,7 +250,7 @@ def _restrict(op: Any, rule: Rule) -> Rule:
         fixed |= rule.reduction
     if op.name == "stablehlo.dynamic_update_slice":
         fixed |= set(range(len(rule.sizes))) - {f for dim in rule.operands[1] for f in dim}
-    if op.name == "stablehlo.concatenate" or fixed == rule.fixed:
+    if op.name == "stablehlo.concatenate" or frozenset(fixed) == rule.fixed:
         return rule
     return Rule(rule.sizes, rule.operands, rule.results, rule.reduction - fixed, frozenset(fixed))
 
@@ -309,7 +307,9 @@ def _trip_count(op: Any) -> float:
     """How often a counted loop runs (from 0 or another constant, step by step, while less than a bound); else 1."""
     condition, body = (region.blocks[0] for region in op.regions)
     compare = condition.operations[len(condition.operations) - 1].operation.operands[0].owner
-    if getattr(compare, "name", "") != "stablehlo.compare" or "LT" not in str(compare.attributes["comparison_direction"]):
+    if getattr(compare, "name", "") != "stablehlo.compare" or "LT" not in str(
+        compare.attributes["comparison_direction"]
+    ):
         return 1.0
     for i, arg in enumerate(condition.arguments):
         if arg == compare.operands[0]:

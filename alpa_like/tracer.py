@@ -15,11 +15,15 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
+from jax.extend.core import jaxpr_as_fun
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from alpa_like import stablehlo
 from alpa_like.errors import TraceError
 from alpa_like.graph import OpGraph
+
+PyTreeDef = Any
+"""JAX declares `jax.tree_util.PyTreeDef` as a value, which type checkers refuse in annotations."""
 
 __all__ = ["Leaf", "Signature", "Trace", "abstract_leaf", "bind", "signature_of", "trace"]
 
@@ -65,7 +69,7 @@ class Trace:
 
     def function(self) -> Callable[..., Any]:
         """The step as a function of its dynamic arguments, which runs the jaxpr and never the user's code again."""
-        run = jax.extend.core.jaxpr_as_fun(self.jaxpr)
+        run = jaxpr_as_fun(self.jaxpr)
 
         def step(*args: Any) -> Any:
             return tree_unflatten(self.out_tree, run(*tree_leaves(args)))
@@ -102,7 +106,7 @@ def bind(fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def signature_of(args: Sequence[Any], static_argnums: Sequence[int]) -> Signature:
-    """The signature of a call. Raises `TraceError` for a leaf that is no array or a static value that can't be hashed."""
+    """The signature of a call. `TraceError` for a leaf that is no array or a static value that can't be hashed."""
     static = tuple((i, args[i]) for i in static_argnums if i < len(args))
     for i, value in static:
         _check_hashable(i, value)
@@ -163,9 +167,7 @@ def trace(
     donated, stored = state.donation(donate_argnums, dynamic, names)
     starts = _starts(in_tree)
     batch = [k for i in _positions(dynamic, batch_argnums) for k in range(starts[i], starts[i + 1])]
-    return Trace(
-        _name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch)
-    )
+    return Trace(_name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch))
 
 
 def _name(fun: Callable[..., Any]) -> str:

@@ -96,7 +96,7 @@ def ratio(value: float, reference: float) -> float:
 
 def mesh_text(mesh: MeshOption) -> str:
     """`2x4`, as options take it."""
-    return mesh if mesh == "auto" else "x".join(map(str, mesh))
+    return mesh if isinstance(mesh, str) else "x".join(map(str, mesh))
 
 
 def mesh_option(text: str) -> MeshOption:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,7 +39,7 @@ PARTS: dict[str, str] = {
 }
 """Calls of `passes/planner.py` that are timed, and the column that each counts for."""
 
-COLUMNS = ("init", "trace", "graph", "group", "build", "solve", "write", "other", "total")
+COLUMNS: tuple[str, ...] = ("init", "trace", "graph", "group", "build", "solve", "write", "other", "total")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def _plan(layers: int, remat: bool, cluster: alpa.Cluster, mesh: tuple[int, ...]
     """The plan and the seconds that each part took; `total` is from the step function to the plan."""
     config = LlamaConfig.llama_8b(num_layers=layers, seq_len=SEQ, remat=remat)
     task = llama_task(config, BATCH, optax.adam(1e-4))
-    seconds = dict.fromkeys(COLUMNS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(COLUMNS, 0.0)
     with _timed(seconds, "init"):
         state = jax.eval_shape(task.init)
     step = alpa.parallelize(task.step, method=alpa.ShardParallel(mesh_shape=mesh))
@@ -99,7 +99,7 @@ def _patched(module: Any, name: str, replacement: Any) -> contextlib.AbstractCon
 
 
 @contextlib.contextmanager
-def _timed(seconds: dict[str, float], column: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], column: str) -> Generator[None]:
     start = time.perf_counter()
     yield
     seconds[column] += time.perf_counter() - start

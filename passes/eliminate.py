@@ -178,19 +178,13 @@ class _Work:
             else:
                 add_pair(pairs, nodes[0], nodes[1], table.costs)
         names = tuple(self.problem.name(i) for i in kept)
-        usages = tuple(
-            type(u)(index[u.node], u.start, u.end, u.bytes) for u in self.problem.usages if u.node in index
-        )
-        problem = AssignmentProblem(
-            tuple(unary), pairs, usages, self.problem.limit, self.problem.fixed_bytes, names
-        )
+        usages = tuple(type(u)(index[u.node], u.start, u.end, u.bytes) for u in self.problem.usages if u.node in index)
+        problem = AssignmentProblem(tuple(unary), pairs, usages, self.problem.limit, self.problem.fixed_bytes, names)
         offset = sum(float(t.costs) for t in self.constants.values())
         return Reduced(problem, kept, list(self.steps.items()), offset)
 
 
-def _minimize(
-    tables: list[tuple[Costs, list[int]]], sizes: tuple[int, ...]
-) -> tuple[Costs, npt.NDArray[np.int16]]:
+def _minimize(tables: list[tuple[Costs, list[int]]], sizes: tuple[int, ...]) -> tuple[Costs, npt.NDArray[np.int16]]:
     """min and argmin over the last variable of the sum of tables; `sizes` are those of the other variables."""
     last = len(sizes)
     aligned = [_align(costs, axes, last) for costs, axes in tables]

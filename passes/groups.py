@@ -277,9 +277,7 @@ class _Builder:
             members[key] = Member(key[0], key[1], numbers[top], dims)
         copies = [Copy(members[a], members[b], n) for a, b, n in self.copies]
         moved = tuple(c for c in copies if (c.source.group, c.source.dims) != (c.target.group, c.target.dims))
-        return Groups(
-            self.graph, tuple(shapes), members, tuple(self.nodes), self._ports(members), moved, self.sums
-        )
+        return Groups(self.graph, tuple(shapes), members, tuple(self.nodes), self._ports(members), moved, self.sums)
 
     def _ports(self, members: dict[_Key, Member]) -> tuple[Port, ...]:
         ports: list[Port] = []

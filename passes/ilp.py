@@ -118,7 +118,10 @@ class _Model:
         table = costs[np.ix_(rows, columns)]
         name = f"f_{i}_{j}"
         flow = [
-            [self.model.add_variable(f"{name}_{r}_{k}", 0) if ok else None for k, ok in enumerate(np.isfinite(table[r]))]
+            [
+                self.model.add_variable(f"{name}_{r}_{k}", 0) if ok else None
+                for k, ok in enumerate(np.isfinite(table[r]))
+            ]
             for r in range(len(rows))
         ]
         self.flows += int(np.isfinite(table).sum())
@@ -200,7 +203,7 @@ def _engine(solver: str, time_limit_s: float) -> tuple[Any, str]:
     name = names[0] if solver == "auto" and names else solver
     if name not in names:
         raise SolverError(f"solver {solver!r} is not available; expected one of {('auto', *names)}")
-    options = {"msg": False, "timeLimit": time_limit_s, "gapRel": _OPTIMAL_GAP}
+    options: dict[str, Any] = {"msg": False, "timeLimit": time_limit_s, "gapRel": _OPTIMAL_GAP}
     return (pulp.HiGHS(**options) if name == "HiGHS" else _cbc(**options)), name
 
 

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from alpa_like.cost import CostModel
 from alpa_like.errors import PlanError
 from alpa_like.graph import Op, OpGraph, Rule, batch_dims, dtype_bits
-from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage, add_pair
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage
 from alpa_like.passes.groups import Copy, Groups, Member, Port, wide_dims
 from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
 from alpa_like.passes.liveness import Liveness
@@ -55,9 +55,9 @@ _TIE_BREAK_S_PER_BYTE = 1e-21
 class Restrictions:
     """What a method forbids. Everything not named is free.
 
-    `tensors` gives the layout that a version of a tensor ("home" or "out") must have; `spread` are tensors that must be split over every
-    axis where their dims allow it; `batch` are tensors with dim 0 the batch: if given, ops that compute on
-    something with a batch dim may split that dim only.
+    `tensors` gives the layout that a version of a tensor ("home" or "out") must have; `spread` are tensors that
+    must be split over every axis where their dims allow it; `batch` are tensors with dim 0 the batch: if
+    given, ops that compute on something with a batch dim may split that dim only.
     """
 
     tensors: Mapping[tuple[int, str], Spec] = field(default_factory=dict)
@@ -143,9 +143,7 @@ class _Builder:
         domains = [self.domain(g) for g in range(len(self.groups.shapes))]
         strategies = [self.strategies(self.graph.ops[op]) for op in self.groups.nodes]
         group_costs = [self.group_costs(g, domain) for g, domain in enumerate(domains)]
-        op_costs = [
-            self.op_costs(self.graph.ops[op], s) for op, s in zip(self.groups.nodes, strategies, strict=True)
-        ]
+        op_costs = [self.op_costs(self.graph.ops[op], s) for op, s in zip(self.groups.nodes, strategies, strict=True)]
         pairs = self.pairs(domains, strategies)
         names = (*(f"group {g}" for g in range(len(domains))), *(f"op {op}" for op in self.groups.nodes))
         unary = (*group_costs, *op_costs)
@@ -237,15 +235,14 @@ class _Builder:
             return False
         if even and any(rule.sizes[f] % shards[f] for f in rule.reduction):
             return False
-        return all(
-            _compound_fits(rule, dim, strategy, shards) for t in (*rule.operands, *rule.results) for dim in t
-        )
+        return all(_compound_fits(rule, dim, strategy, shards) for t in (*rule.operands, *rule.results) for dim in t)
 
     # --------------------------------------------------------------------------------------------- costs
 
     def group_costs(self, group: int, domain: list[State]) -> Costs:
         nbytes = sum(
-            self.graph.tensors[m.tensor].bytes / max(1, math.prod(self.graph.tensors[m.tensor].shape))
+            self.graph.tensors[m.tensor].bytes
+            / max(1, math.prod(self.graph.tensors[m.tensor].shape))
             * self.liveness.passes(m.tensor)
             for m in self.groups.by_group[group]
             if m.version == "home"
@@ -311,8 +308,8 @@ class _Builder:
         op = self.graph.ops[port.op]
         space = self.tensor_space(port.member.tensor)
         key = (
-            "port", op.rule, port.port, port.result, space.shape, space.bits, space.combined, id(domain), port.member.dims,
-            id(strategies), op.count,
+            "port", op.rule, port.port, port.result, space.shape, space.bits, space.combined, id(domain),
+            port.member.dims, id(strategies), op.count,
         )  # fmt: skip
         if key not in self.cache:
             mine = [space.index[_place(port.member, s)] for s in domain]
@@ -325,8 +322,8 @@ class _Builder:
     def copy_costs(self, copy: Copy, sources: list[State], targets: list[State]) -> Costs:
         space = self.tensor_space(copy.source.tensor)
         key = (
-            "copy", space.shape, space.bits, space.combined, id(sources), id(targets), copy.source.dims, copy.target.dims, copy.count,
-            copy.target.version,
+            "copy", space.shape, space.bits, space.combined, id(sources), id(targets), copy.source.dims,
+            copy.target.dims, copy.count, copy.target.version,
         )  # fmt: skip
         if key not in self.cache:
             rows = [space.index[_place(copy.source, s)] for s in sources]
@@ -406,6 +403,4 @@ def port_state(rule: Rule, port: Port, strategy: State, shape: tuple[int, ...]) 
     dims = (rule.results if port.result else rule.operands)[port.port]
     place = {f: k for k, d in enumerate(wide_dims(shape)) for f in dims[d]}
     left = PARTIAL if port.result else WHOLE
-    return tuple(
-        PARTIAL if f == PARTIAL else place.get(f, left if f in rule.reduction else WHOLE) for f in strategy
-    )
+    return tuple(PARTIAL if f == PARTIAL else place.get(f, left if f in rule.reduction else WHOLE) for f in strategy)

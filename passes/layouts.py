@@ -122,7 +122,9 @@ class TensorSpace:
             seconds = self.cost.compute_s(0.0, self.local_bytes(target), "f32")
             return Move(kind, axes, source, target, 0.0, seconds)
         nbytes = self.local_bytes(target if kind == "all-gather" else source)
-        return Move(kind, axes, source, target, nbytes, self.cost.collective_s(kind, nbytes, axes, combined=self.combined))
+        return Move(
+            kind, axes, source, target, nbytes, self.cost.collective_s(kind, nbytes, axes, combined=self.combined)
+        )
 
     @cached_property
     def _possible_moves(self) -> list[Move]:

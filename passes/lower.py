@@ -161,7 +161,7 @@ class _Writer:
         handle.operands[number] = value
 
     def chain(self, value: Any, path: tuple[Spec, ...]) -> tuple[Any, Any]:
-        """Constrain a value to each layout of a path in turn, right where it is made; the first op and the last value."""
+        """Constrain a value to each layout of a path in turn, where it is made; the first op and the last value."""
         first = None
         with _after(value):
             for spec in path:

@@ -35,7 +35,7 @@ class PinWriter:
         return spec_of(layouts.get((tensor, version), layouts.get((tensor, "home"), whole)), shape)
 
     def pins(self) -> tuple[Pin, ...]:
-        """One pin per operand and result of a node op, and per operand that an element-wise op reads in another layout."""
+        """One pin per operand and result of a node op, and per argument that an element-wise op reads elsewhere."""
         found = (self.port_pin(p) for p in self.groups.ports)
         return (*(p for p in found if p), *self.light_pins())
 

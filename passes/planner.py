@@ -70,9 +70,7 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
             best = candidate
     if best is None:
         raise failure or InfeasibleError(f"{method.name} allows no mesh of {cluster.num_devices} devices")
-    report = replace(
-        _report(best.solution), seconds=time.perf_counter() - start, considered=tuple(considered)
-    )
+    report = replace(_report(best.solution), seconds=time.perf_counter() - start, considered=tuple(considered))
     return _write(trace, cluster, method, liveness, groups, best, report).verify()
 
 
@@ -177,6 +175,6 @@ def _placed(writer: PinWriter, leaf: Leaf, tensor: int, version: str) -> Placed:
 
 def _warnings(graph: OpGraph) -> tuple[str, ...]:
     return tuple(
-        f"{op.name} at {op.line or 'an unknown line'} ({op.source}) has no sharding rule; every device computes it whole"
+        f"{op.name} at {op.line or 'an unknown line'} ({op.source}) has no sharding rule: all devices compute it whole"
         for op in graph.unruled
     )

@@ -93,9 +93,7 @@ def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) ->
     return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
 
 
-def _solve_core(
-    problem: AssignmentProblem, solver: str, time_limit_s: float, prices: Prices, known: float
-) -> Solution:
+def _solve_core(problem: AssignmentProblem, solver: str, time_limit_s: float, prices: Prices, known: float) -> Solution:
     """The integer program, narrowed first where it is large."""
 
     def run(part: AssignmentProblem) -> Solution:
@@ -189,7 +187,9 @@ class _Search:
 
         def taken(count: int) -> tuple[int, ...]:
             nodes = {node for part in useful[:count] for node in part}
-            return tuple(c if i in nodes else f for i, (c, f) in enumerate(zip(cheap.choice, fitting.choice, strict=True)))
+            return tuple(
+                c if i in nodes else f for i, (c, f) in enumerate(zip(cheap.choice, fitting.choice, strict=True))
+            )
 
         low, high = 0, len(useful)
         while low < high:

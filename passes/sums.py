@@ -70,7 +70,8 @@ class _Expansion:
             case "stablehlo.convert":
                 inner = self.expand(op.operands[0])
                 return hlo.convert(_typed(inner.type.shape, value.type.element_type), inner)
-        raise PlanError(f"the plan holds back the partial sum that {op.name} makes, which this version can't")
+            case _:
+                raise PlanError(f"the plan holds back a partial sum of {op.name}, which this version can't")
 
     def add(self, op: Any) -> Any:
         left, right = (self.pinned(self.expand(v), self.total.spec) for v in op.operands)
@@ -150,7 +151,9 @@ class _Expansion:
         zero = hlo.constant(ir.DenseElementsAttr.get_splat(_typed(shape, kind), _zero(kind)))
         mask = np.zeros(self.sizes, np.bool_)
         mask.flat[0] = True
-        flags = hlo.constant(ir.DenseElementsAttr.get(mask, type=ir.IntegerType.get_signless(1), shape=list(self.sizes)))
+        flags = hlo.constant(
+            ir.DenseElementsAttr.get(memoryview(mask.data), type=ir.IntegerType.get_signless(1), shape=list(self.sizes))
+        )
         spread = hlo.broadcast_in_dim(
             _typed(shape, ir.IntegerType.get_signless(1)), flags, ir.DenseI64ArrayAttr.get(list(range(count)))
         )

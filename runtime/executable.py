@@ -75,12 +75,12 @@ class Executable:
             shape, dtype, weak = abstract_leaf(value)
             if isinstance(value, jax.Array) and value.is_deleted():
                 raise ProgramError(
-                    f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that step returned"
+                    f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )
             if shape != leaf.shape or (dtype != str(aval.dtype) and not weak):
                 raise ProgramError(
-                    f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled for "
-                    f"{leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"
+                    f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled "
+                    f"for {leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"
                 )
 
     def _failed(self, args: tuple[Any, ...], error: Exception) -> ProgramError:
@@ -93,8 +93,8 @@ class Executable:
         if not gone:
             return ProgramError(f"{self._trace.name} failed: {reason}. No argument was lost; the state is as it was")
         return ProgramError(
-            f"{self._trace.name} failed: {reason}. The donated arguments are gone ({gone[0]} and {len(gone) - 1} more): "
-            "go on from the last checkpoint, or run with donate_argnums=() to keep them"
+            f"{self._trace.name} failed: {reason}. The donated arguments are gone ({gone[0]} and {len(gone) - 1} "
+            "more): go on from the last checkpoint, or run with donate_argnums=() to keep them"
         )
 
     def state_shardings(self, state: Any) -> Any:
@@ -114,11 +114,9 @@ class Executable:
         return hlo.traffic_by_kind(hlo.read_collectives(self.hlo_text()), reduce_scatter=reduce_scatter)
 
     def memory_bytes(self) -> int:
-        """Peak memory of a step on one device, by XLA: arguments, results that take no argument's place, temporaries."""
+        """Peak memory of a step on one device, by XLA: arguments, results without a donated place, temporaries."""
         m = self._call.memory_analysis()
-        return (
-            m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-        )
+        return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
     def __repr__(self) -> str:
         return f"Executable({self._trace.name}, mesh {self.plan.mesh_shape}, {self.plan.method})"

@@ -38,17 +38,17 @@ _sessions: list[Session] = []
 
 def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Session:
     """Begin a session; see `alpa_like.init`."""
-    if num_devices is not None and (not isinstance(num_devices, int) or num_devices < 1):
+    if num_devices is not None and (type(num_devices) is not int or num_devices < 1):
         raise ClusterError(f"num_devices must be a whole number of at least 1, found {num_devices!r}")
-    if cluster is not None and not isinstance(cluster, Cluster):
+    if cluster is not None and type(cluster) is not Cluster:
         raise ClusterError(f"cluster must be an alpa_like.Cluster or None, found {cluster!r}")
     wanted = num_devices or (cluster.num_devices if cluster else None)
     emulate(wanted or EMULATED_DEVICES)
     devices = jax.devices()
     if wanted and len(devices) < wanted:
         raise ClusterError(
-            f"{wanted} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}). If they are emulated "
-            "CPU devices, call alpa.init() before anything else uses JAX, or set "
+            f"{wanted} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}). If they are "
+            "emulated CPU devices, call alpa.init() before anything else uses JAX, or set "
             f"JAX_NUM_CPU_DEVICES={wanted} in the environment; else ask for at most {len(devices)}"
         )
     stop()
