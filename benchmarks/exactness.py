@@ -1,6 +1,6 @@
 """Is the planner's optimum the optimum? Against brute force, between solvers, and against the whole integer program.
 
-    python -m benchmarks.exactness                        # 60 random problems, and those of five train steps
+    python -m benchmarks.exactness                        # 300 random problems, and those of nine train steps
     python -m benchmarks.exactness --problems 500 --no-models
     python -m benchmarks.exactness --quick
 
@@ -236,7 +236,7 @@ def _compare(step: Step, time_limit_s: float) -> tuple[str, ...]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     p = parser(__doc__)
-    p.add_argument("--problems", type=int, default=60, help="random problems")
+    p.add_argument("--problems", type=int, default=300, help="random problems")
     p.add_argument("--models", action=argparse.BooleanOptionalAction, default=True, help="the problems of train steps")
     p.add_argument("--time-limit", type=float, default=120.0, help="seconds for each whole integer program")
     p.add_argument("--quick", action="store_true", help="20 random problems, two train steps")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpt                                   # or: make demo
     python -m benchmarks.gpt --method DataParallel --mesh 8 --steps 50
-    python -m benchmarks.gpt --cluster dgx-a100 --mesh auto    # plan for a machine that is not here
+    python -m benchmarks.gpt --cluster dgx-a100 --mesh 2x4     # plan for a machine that is not here
 
 Where there is only a CPU, the 8 devices are emulated. The step is what one would write for one device.
 """
@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"training on {len(text) / 2**20:.1f} MiB of Python source, {options.batch} x {options.seq} bytes a step")
     losses, seconds = _train(train_step, state, text, options)
     _report(losses, seconds, options.batch * options.seq)
-    print(compare(executable.plan, executable))
+    if options.cluster == "local":
+        print(f"      predicted were {executable.plan.predicted.step_time_s * 1e3:.0f} ms")
+    print(f"\n{compare(executable.plan, executable)}")
 
 
 def standard_library(max_bytes: int) -> npt.NDArray[np.uint8]:
@@ -98,7 +100,7 @@ def _report(losses: list[float], seconds: list[float], tokens: int) -> None:
     print("\nloss  " + "   ".join(f"step {k + 1}: {losses[k]:.2f}" for k in points))
     print(f"      {sparkline(losses)}")
     step = float(np.median(seconds))
-    print(f"speed {tokens / step:,.0f} tokens/s ({step * 1e3:.0f} ms a step, the median)\n")
+    print(f"speed {tokens / step:,.0f} tokens/s ({step * 1e3:.0f} ms a step, the median)")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,7 +111,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--seq", type=int, default=128)
     p.add_argument("--method", choices=METHODS, default="ShardParallel")
-    p.add_argument("--mesh", type=mesh_option, default=(2, 4), help="auto, or such as 8 or 2x4 (default 2x4)")
+    p.add_argument("--mesh", type=mesh_option, default="auto", help="auto (the default), or such as 8 or 2x4")
     p.add_argument("--cluster", choices=("local", *alpa.Cluster.presets()), default="local")
     options = p.parse_args(arguments)
     if options.steps < 1 or options.d_model % HEADS:

@@ -211,7 +211,7 @@ def _limits(found: Sequence[Ours]) -> str:
         limit, value = LIMITS.get((o.model, o.mesh)), round(o.measured.gpu_total / MIB, 1)
         if limit is not None and o.method == "ShardParallel":
             rows.append((o.label, str(limit), str(value), "yes" if value <= limit else "NO"))
-    return table(("limit", "at most", "found", "holds"), rows)
+    return table(("limit, MiB as on a GPU", "at most", "found", "holds"), rows) if rows else ""
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,12 +2,12 @@
 
 A *state* gives every mesh axis a place: `PARTIAL` (each device holds a summand), `WHOLE` (not split by this
 axis) or a dim. Axes on one dim are ordered by their number, major to minor. Moves are the steps that the
-partitioner does natively, one axis at a time (all-reduces also over several):
+partitioner does natively, one axis at a time (reductions also over several):
 
     all-gather      minor-most axis of a dim  → WHOLE
     slice           WHOLE                     → minor-most axis of a dim     (no communication)
     all-to-all      minor-most of one dim     → minor-most of another
-    reduce-scatter  PARTIAL                   → minor-most axis of a dim
+    reduce-scatter  all PARTIAL axes at once  → minor-most axes of one dim
     all-reduce      a set of PARTIAL axes     → WHOLE
 
 The cost between two states is the cheapest path of such moves.
@@ -96,8 +96,9 @@ class TensorSpace:
             for axes in itertools.combinations(partial, count):
                 target = tuple(WHOLE if a in axes else place for a, place in enumerate(state))
                 yield self._move("all-reduce", axes, state, target)
+        yield from self._scatters(state, tuple(partial))
         for axis, place in enumerate(state):
-            if self.cost.mesh_shape[axis] == 1:
+            if self.cost.mesh_shape[axis] == 1 or place == PARTIAL:
                 continue
             for goal in range(len(self.shape)):
                 if goal != place and _minor_most(state, axis, goal):
@@ -106,13 +107,19 @@ class TensorSpace:
                 target = (*state[:axis], WHOLE, *state[axis + 1 :])
                 yield self._move("all-gather", (axis,), state, target)
 
+    def _scatters(self, state: State, axes: tuple[int, ...]) -> Iterator[Move]:
+        """Reduce-scatters of all partial axes. The partitioner can't cut the result in two dims at once."""
+        for goal in range(len(self.shape)) if axes else ():
+            target = tuple(goal if a in axes else place for a, place in enumerate(state))
+            ordered = all(place != goal for a, place in enumerate(state) if a > axes[0] and a not in axes)
+            if ordered and self.possible(target):
+                yield self._move("reduce-scatter", axes, state, target)
+
     def _to_dim(self, state: State, axis: int, place: int, goal: int) -> Iterator[Move]:
         target = (*state[:axis], goal, *state[axis + 1 :])
         if not self.possible(target):
             return
-        if place == PARTIAL:
-            yield self._move("reduce-scatter", (axis,), state, target)
-        elif place == WHOLE:
+        if place == WHOLE:
             yield self._move("slice", (axis,), state, target)
         elif _minor_most(state, axis, place):
             yield self._move("all-to-all", (axis,), state, target)

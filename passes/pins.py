@@ -113,7 +113,20 @@ class PinWriter:
         home = self.decision.layouts[(tensor, "home")]
         if not port.result and version != "home":
             moves = (*self.moves(tensor, home, self.decision.layouts[(tensor, version)]), *moves)
-        return Pin(port.op, port.port, port.result, self.stops(tensor, moves, home))
+        return Pin(port.op, port.port, port.result, (*self.detour(port, moves), *self.stops(tensor, moves, home)))
+
+    def detour(self, port: Port, moves: tuple[Move, ...]) -> tuple[Spec, ...]:
+        """A layout to pin before the others: lookups in a split table are summed whole, then cut.
+
+        The partitioner gathers the lookups when it sees the cut at once; all-reduce and slice it does as one
+        reduce-scatter where there is one.
+        """
+        if self.groups.graph.ops[port.op].name != "stablehlo.gather" or not port.result:
+            return ()
+        if not any(m.kind == "reduce-scatter" for m in moves):
+            return ()
+        whole = tuple(WHOLE if place == PARTIAL else place for place in moves[0].source)
+        return (spec_of(whole, self.groups.graph.tensors[port.member.tensor].shape),)
 
     def light_pins(self) -> Iterator[Pin]:
         """Arguments that element-wise ops read in another layout than they are stored in."""
