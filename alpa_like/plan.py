@@ -288,7 +288,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
         inside = f"{len(stage.pins)} layouts pinned inside"
         if stage.sums:
-            inside += f", {len(stage.sums)} sums reduced once"
+            inside += f", {len(stage.sums)} sum{"s" * (len(stage.sums) > 1)} reduced once"
         yield f"stage {stage.name} on {stage.devices[1]} devices, mesh ({axes}), {inside}"
         rows = [("tensor", "count", "shape", "sharding", "per device"), *_rows(stage)]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
@@ -298,7 +298,7 @@ def _describe(plan: Plan) -> Iterator[str]:
 
 def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
     """One row for all tensors that differ in numbers of their path only."""
-    merged: dict[tuple[str, str, str, str], int] = {}
+    merged: dict[tuple[str, str, str, str], list[str]] = {}
     returned = {(p.shape, p.dtype, p.spec) for p in stage.inputs}
     for number, p in enumerate((*stage.inputs, *stage.outputs)):
         if number >= len(stage.inputs) and (p.shape, p.dtype, p.spec) in returned and len(stage.outputs) > 8:
@@ -311,8 +311,8 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
             spec_text(p.spec, stage.axis_names),
             _bytes(mine),
         )
-        merged[key] = merged.get(key, 0) + 1
-    return [(k[0], str(n), *k[1:]) for k, n in merged.items()]
+        merged.setdefault(key, []).append(p.path)
+    return [(k[0] if len(paths) > 1 else paths[0], str(len(paths)), *k[1:]) for k, paths in merged.items()]
 
 
 def _itemsize(dtype: str) -> float:

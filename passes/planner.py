@@ -31,6 +31,9 @@ __all__ = ["make_plan"]
 
 logger = logging.getLogger("alpa_like")
 
+_EMULATED = "cpu"
+"""What JAX calls the devices that it emulates; their compiler has no reduce-scatter."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
@@ -51,7 +54,7 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
     solved: dict[object, tuple[tuple[int, ...], float]] = {}
     failure: InfeasibleError | None = None
     for mesh in method.mesh_shapes(cluster.num_devices):
-        cost = RingCost(cluster, mesh)
+        cost = RingCost(cluster, mesh, native_reduce_scatter=cluster.device.name != _EMULATED)
         alike = _alike(cost)
         if alike in solved and method.mesh_shape == "auto" and not _names_axes(method):
             considered.append((_mesh_text(mesh), solved[alike][1]))
