@@ -288,7 +288,7 @@ def _describe(plan: Plan) -> Iterator[str]:
         axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
         inside = f"{len(stage.pins)} layouts pinned inside"
         if stage.sums:
-            inside += f", {len(stage.sums)} sum{"s" * (len(stage.sums) > 1)} reduced once"
+            inside += f", {len(stage.sums)} sum{'s' * (len(stage.sums) > 1)} reduced once"
         yield f"stage {stage.name} on {stage.devices[1]} devices, mesh ({axes}), {inside}"
         rows = [("tensor", "count", "shape", "sharding", "per device"), *_rows(stage)]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
