@@ -11,6 +11,7 @@ the sum over it at the end is the only all-reduce or reduce-scatter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,7 @@ def hold_back(reading: Reading, total: PartialSum, stage: StagePlan, attribute: 
     result = add.results[0]
     with ir.InsertionPoint.after(add):
         writer = _Expansion(reading, total, stage, attribute)
-        wide = writer.add(add)
-        value = _reduce(wide, len(total.axes), result.type)
+        value = _reduce(writer.merged(writer.add(add)), 1, result.type)
     result.replace_all_uses_with(value)
 
 
@@ -76,6 +76,11 @@ class _Expansion:
     def add(self, op: Any) -> Any:
         left, right = (self.pinned(self.expand(v), self.total.spec) for v in op.operands)
         return hlo.add(left, right)
+
+    def merged(self, value: Any) -> Any:
+        """The leading dims as one, so that the sum over it is one collective over all axes."""
+        whole = _reshape(value, (math.prod(self.sizes), *value.type.shape[len(self.sizes) :]))
+        return sdy.ShardingConstraintOp(whole, self.attribute((self.total.axes, *self.total.spec))).result
 
     def pinned(self, value: Any, spec: Spec) -> Any:
         full = (*((a,) for a in self.total.axes), *spec)
