@@ -166,7 +166,8 @@ class OpGraph:
         yield f"args {self.arguments} results {self.results} aliases {self.aliases}\n"
         for op in self.ops:
             kinds = [(self.tensors[t].shape, self.tensors[t].dtype) for t in op.results]
-            yield f"{op.results} = {op.name} {op.operands} {op.rule} {op.count} {kinds}\n"
+            whole = sorted(op.rule.reduction), sorted(op.rule.fixed)
+            yield f"{op.results} = {op.name} {op.operands} {op.rule} {whole} {op.count} {kinds}\n"
 
     def __str__(self) -> str:
         def line(op: Op) -> str:

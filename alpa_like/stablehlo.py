@@ -248,6 +248,8 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     fixed = set(rule.fixed)
     if rule.reduction and len(op.regions) and not _has_plain_combiner(op):
         fixed |= rule.reduction
+    if op.name == "stablehlo.custom_call":  # LAPACK and the like: each call works on whole matrices
+        fixed |= {f for dims in (*rule.operands, *rule.results) for dim in dims[-2:] for f in dim}
     if op.name == "stablehlo.dynamic_update_slice":
         fixed |= set(range(len(rule.sizes))) - {f for dim in rule.operands[1] for f in dim}
     if op.name == "stablehlo.concatenate" or frozenset(fixed) == rule.fixed:

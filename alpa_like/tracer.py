@@ -107,8 +107,8 @@ def bind(fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
 
 def signature_of(args: Sequence[Any], static_argnums: Sequence[int]) -> Signature:
     """The signature of a call. `TraceError` for a leaf that is no array or a static value that can't be hashed."""
-    static = tuple((i, args[i]) for i in static_argnums if i < len(args))
-    for i, value in static:
+    static = tuple((i, type(args[i]), args[i]) for i in static_argnums if i < len(args))  # 1, 1.0 and True are equal
+    for i, _, value in static:
         _check_hashable(i, value)
     dynamic = tuple(a for i, a in enumerate(args) if i not in static_argnums)
     flat, tree = jax.tree.flatten(dynamic)
@@ -147,6 +147,7 @@ def trace(
     Raises `TraceError` for arguments that are no arrays; what the function itself raises passes through.
     """
     names = _argument_names(fun, len(args))
+    _check_argnums(_name(fun), len(args), donate_argnums, static_argnums)
     dynamic = [i for i in range(len(args)) if i not in static_argnums]
     given = tuple(args[i] for i in dynamic)
     flat, in_tree = tree_flatten_with_path(given)
@@ -168,6 +169,17 @@ def trace(
     starts = _starts(in_tree)
     batch = [k for i in _positions(dynamic, batch_argnums) for k in range(starts[i], starts[i + 1])]
     return Trace(_name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch))
+
+
+def _check_argnums(name: str, count: int, donate: Literal["auto"] | Sequence[int], static: Sequence[int]) -> None:
+    given = () if isinstance(donate, str) else tuple(donate)
+    for option, numbers in (("donate_argnums", given), ("static_argnums", tuple(static))):
+        beyond = [n for n in numbers if n >= count]
+        if beyond:
+            raise TraceError(f"{option} names argument {beyond[0]}, but {name} was called with {count} arguments")
+    both = sorted(set(given) & set(static))
+    if both:
+        raise TraceError(f"argument {both[0]} of {name} is static and can't be donated; name it in one of the two")
 
 
 def _name(fun: Callable[..., Any]) -> str:

@@ -85,6 +85,8 @@ def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) ->
     if not reduced.kept:
         choice = reduced.expand(())
         cost = problem.cost(choice)
+        if not np.isfinite(cost):
+            raise InfeasibleError("the choices exclude each other: no combination is allowed")
         return Solution("optimal", choice, cost, cost, 0.0, 0, "elimination")
     folded = fold(reduced.problem)
     part = _solve_core(folded.problem, solver, time_limit_s, {}, np.inf)
