@@ -105,8 +105,13 @@ class _Work:
         self.tables = [{} for _ in self.problem.unary]
         for i, costs in enumerate(self.problem.unary):
             self.add(_Table((i,), costs))
-        for (i, j), costs in self.problem.pairs.items():
-            self.add(_Table((i, j), costs))
+        parts: dict[tuple[int, bool, bool], Costs] = {}
+        for edge, costs in self.problem.pairs.items():
+            free = tuple(len(self.problem.unary[n]) > 1 for n in edge)  # a node without a choice is no variable
+            key = (id(costs), *free)
+            if key not in parts:
+                parts[key] = np.asarray(costs[tuple(slice(None) if f else 0 for f in free)])
+            self.add(_Table(tuple(n for n, f in zip(edge, free, strict=True) if f), parts[key]))
 
     def add(self, table: _Table) -> None:
         for node in table.scope:

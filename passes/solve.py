@@ -92,6 +92,8 @@ def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) ->
     part = _solve_core(folded.problem, solver, time_limit_s, {}, np.inf)
     choice = reduced.expand(folded.expand(part.choice))
     cost = problem.cost(choice)
+    if not np.isfinite(cost):
+        raise InfeasibleError("the choices exclude each other: no combination is allowed")
     return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
 
 

@@ -82,7 +82,7 @@ def check(problem, solution):
 def test_solvers_equal_brute_force(finder, memory):
     find, solver = FINDERS[finder]
     feasible = 0
-    for seed in range(14 if memory else 70):  # each limited one takes dozens of integer programs here
+    for seed in range(70):
         problem = random_problem(seed, memory=memory)
         if np.isfinite(brute_force(problem)[0]):
             check(problem, find(problem, solver=solver))
@@ -90,7 +90,7 @@ def test_solvers_equal_brute_force(finder, memory):
         else:
             with pytest.raises(InfeasibleError):
                 find(problem, solver=solver)
-    assert feasible >= 60
+    assert feasible >= (40 if memory else 60)
 
 
 @pytest.mark.parametrize(("max_entries", "at_least"), [(1, 20), (6, 150), (600_000, 200)])
@@ -116,7 +116,7 @@ def test_narrowing_changes_nothing(monkeypatch, memory):
     monkeypatch.setattr(
         "alpa_like.passes.solve.eliminate", lambda problem, keep=frozenset(): eliminate(problem, keep, 0)
     )
-    for seed in range(14 if memory else 70):  # each limited one takes dozens of integer programs here
+    for seed in range(70):
         problem = random_problem(seed, memory=memory)
         if np.isfinite(brute_force(problem)[0]):
             check(problem, solve(problem))
@@ -244,5 +244,7 @@ def test_memory_by_hand():
 
 def test_equal_problems_get_equal_choices():
     for seed in range(1, 40, 2):  # those with ties
-        first, second = (solve(random_problem(seed, memory=True), solver="HiGHS") for _ in range(2))
-        assert first.choice == second.choice
+        problem = random_problem(seed, memory=True)
+        if np.isfinite(brute_force(problem)[0]):
+            first, second = (solve(random_problem(seed, memory=True), solver="HiGHS") for _ in range(2))
+            assert first.choice == second.choice

@@ -42,6 +42,9 @@ def neighbours(source, target, sizes, mesh_shape):
     changed = [a for a in range(len(mesh_shape)) if source[a] != target[a]]
     if changed and all(source[a] == PARTIAL and target[a] == WHOLE for a in changed):
         return "all-reduce"
+    held = [a for a in range(len(mesh_shape)) if source[a] == PARTIAL]
+    if held and changed == held:
+        return scatters(source, target, held, sizes, mesh_shape)
     if len(changed) != 1:
         return None
     (axis,) = changed
@@ -52,7 +55,17 @@ def neighbours(source, target, sizes, mesh_shape):
         return None
     if new == WHOLE:
         return "all-gather"
-    return {PARTIAL: "reduce-scatter", WHOLE: "slice"}.get(old, "all-to-all")
+    return {PARTIAL: None, WHOLE: "slice"}.get(old, "all-to-all")
+
+
+def scatters(source, target, held, sizes, mesh_shape):
+    """All partial axes end on one dim, behind the axes that are there."""
+    dims = {target[a] for a in held}
+    goal = min(dims)
+    parts = math.prod(n for n, place in zip(mesh_shape, target, strict=True) if place == goal)
+    behind = [place for a, place in enumerate(source) if a > held[0] and a not in held]
+    fits = len(dims) == 1 and goal >= 0 and goal not in behind and parts <= sizes[goal]
+    return "reduce-scatter" if fits else None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Parallelized functions return what `jax.jit` of the same function returns: tasks, single ops, odd sizes, odd forms."""
+"""Parallelized functions return what `jax.jit` of the same function returns: tasks, single ops, odd sizes and forms."""
 
 import subprocess
 import sys
@@ -209,10 +209,10 @@ def test_gradients_through_a_sort_of_a_length_that_does_not_divide():
         alpa.init(alpa.Cluster("slow chips", 1, 8, chip, wire, wire, ()))
 
         def step(state, x):
-            value, grads = jax.value_and_grad(lambda c: jnp.sin(jnp.sort(c)).mean() + (x @ c).mean())(state)
+            value, grads = jax.value_and_grad(lambda c: jnp.sin(jnp.sort(c)).mean() + x.mean())(state)
             return state - grads, value
 
-        state, x = np.arange(12.0, dtype=np.float32)[::-1].copy(), np.ones((8, 12), np.float32)
+        state, x = np.arange(12.0, dtype=np.float32)[::-1].copy(), np.ones((12, 12), np.float32)
         mine = alpa.parallelize(step, method=alpa.Zero2Parallel())(state, x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mine, jax.jit(step)(state, x))
         print("equal")
@@ -281,7 +281,7 @@ FORMS = {  # function and arguments
     "inference": (lambda w, b: jax.nn.softmax(b["x"] @ w), (W, BATCH)),
     "loss first": (lambda w, b: ((b["x"] @ w).sum(), w * 2), (W, BATCH)),
     "auxiliary results": (
-        lambda w, b: ({"w": w * 2}, {"loss": b["x"].sum(), "rows": [b["x"] * 2, None]}),
+        lambda w, b: ({"w": w["w"] * 2}, {"loss": b["x"].sum(), "rows": [b["x"] * 2, None]}),
         ({"w": W}, BATCH),
     ),
     "no results": (lambda w, b: (), (W, BATCH)),
@@ -347,7 +347,7 @@ def test_keywords_and_positions_are_one_call():
 
 
 def test_a_state_that_holds_one_array_twice_runs():
-    """As `params` and their average do at the start. To donate one buffer twice kills the process, hence another one."""
+    """As `params` and their average do at the start. Donating a buffer twice kills the process, hence another."""
     program = f"""
         import jax, jax.numpy as jnp, numpy as np
         import alpa_like as alpa
