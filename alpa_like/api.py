@@ -72,7 +72,7 @@ class ParallelFunction:
             args = bind(self.fun, args, kwargs)
         dynamic, static = self._split(args)
         last = self._last
-        if last is not None and last[0] == static:
+        if last is not None and last[0] == static and last[1].takes(dynamic):
             try:
                 return last[1].run(*dynamic)
             except (TypeError, ValueError):
@@ -120,7 +120,7 @@ class ParallelFunction:
         if not self.static_argnums:
             return args, ()
         dynamic = tuple(a for i, a in enumerate(args) if i not in self.static_argnums)
-        return dynamic, tuple(a for i, a in enumerate(args) if i in self.static_argnums)
+        return dynamic, tuple((type(a), a) for i, a in enumerate(args) if i in self.static_argnums)
 
     def _trace(self, signature: Signature, args: Sequence[Any]) -> Trace:
         if signature not in self._traces:

@@ -47,7 +47,8 @@ def strip(reading: Reading) -> None:
 class Reading:
     """A graph and, per op, the MLIR operation; `ports[op]` gives the MLIR operand numbers of its operands.
 
-    For a loop's `enter` and `yield` ops the operation is the `while` op or the body's terminator.
+    For a loop's `enter` and `yield` ops the operation is the `while` op or the body's terminator, for a `branch` op
+    the `case` or `if`, whose regions end in the operands.
     """
 
     graph: OpGraph
@@ -106,6 +107,8 @@ class _Reader:
                 self.loop(op, count)
             case "stablehlo.case" | "stablehlo.if":
                 self.branches(op, count)
+            case "sdy.sharding_constraint":  # the user's, or one that JAX puts on random keys: no op of the program
+                self.env[op.results[0]] = self.env[op.operands[0]]
             case "stablehlo.optimization_barrier":
                 self.barrier(op, count)
             case "sdy.manual_computation":
@@ -177,11 +180,11 @@ class _Reader:
     def branches(self, op: Any, count: float) -> None:
         """A `case` or `if`: every branch is counted once; its results carry one sharding."""
         yields = [self.walk(region.blocks[0], count) for region in op.regions]
-        for result, *values in zip(op.results, *yields, strict=True):
+        for i, (result, *values) in enumerate(zip(op.results, *yields, strict=True)):
             out = self.new_tensor(result, len(self.ops))
             dims = identity_rule(self.tensors[out].shape)
             rule = Rule(dims.sizes, dims.operands * len(values), dims.results)
-            self.emit(op, "branch", values, [out], rule, count)
+            self.emit(op, "branch", values, [out], rule, count, True, (i,) * len(values))
 
     def barrier(self, op: Any, count: float) -> None:
         for i, (operand, result) in enumerate(zip(op.operands, op.results, strict=True)):
@@ -206,7 +209,7 @@ class _Reader:
 
 def _same_shapes(name: str, ins: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> bool:
     """CHLO functions (`erf`, `square`, …) carry no rule, but are elementwise when all shapes agree."""
-    if not name.startswith("chlo.") and name != "sdy.sharding_constraint":
+    if not name.startswith("chlo."):
         return False
     return name not in _NOT_ELEMENTWISE and len(outs) == 1 and bool(ins) and all(s == outs[0] for s in ins)
 
@@ -248,6 +251,8 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     fixed = set(rule.fixed)
     if rule.reduction and len(op.regions) and not _has_plain_combiner(op):
         fixed |= rule.reduction
+    if op.name == "stablehlo.scatter" and not _adds(op):  # the partitioner writes into every part, not only into one
+        fixed |= set(range(len(rule.sizes))) - {f for dim in rule.operands[2] for f in dim} | rule.reduction
     if op.name == "stablehlo.custom_call":  # LAPACK and the like: each call works on whole matrices
         fixed |= {f for dims in (*rule.operands, *rule.results) for dim in dims[-2:] for f in dim}
     if op.name == "stablehlo.dynamic_update_slice":
@@ -255,6 +260,11 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     if op.name == "stablehlo.concatenate" or frozenset(fixed) == rule.fixed:
         return rule
     return Rule(rule.sizes, rule.operands, rule.results, rule.reduction - fixed, frozenset(fixed))
+
+
+def _adds(op: Any) -> bool:
+    body = [view.operation.name for view in op.regions[0].blocks[0].operations]
+    return body == ["stablehlo.add", "stablehlo.return"]
 
 
 def _has_plain_combiner(op: Any) -> bool:

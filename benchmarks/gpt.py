@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     losses, seconds = _train(train_step, state, text, options)
     _report(losses, seconds, options.batch * options.seq)
     if options.cluster == "local":
-        print(f"      predicted: {executable.plan.predicted.step_time_s * 1e3:.0f} ms a step, if nothing else runs here")
+        print(
+            f"      predicted: {executable.plan.predicted.step_time_s * 1e3:.0f} ms a step, if nothing else runs here"
+        )
     print(f"\n{compare(executable.plan, executable)}")
 
 

@@ -47,6 +47,10 @@ _FREE_OPS = frozenset(
 ) | {"enter", "yield", "branch", "barrier"}
 """Ops that are fused into their users, or only move a name."""
 
+_PADDED = frozenset(f"stablehlo.{n}" for n in ("dot_general", "reduce", "broadcast_in_dim", "transpose", "add"))
+"""Node ops that the partitioner splits correctly when dims do not divide. It gets slices, pads, updates, scatters and
+others wrong then (wrong numbers, or an abort), so those are split evenly or not at all."""
+
 _TIE_BREAK_S_PER_BYTE = 1e-21
 """Prefers the smaller of two layouts that cost the same: 1e-9 s per TB is below any real cost."""
 
@@ -208,7 +212,7 @@ class _Builder:
 
     def strategies(self, op: Op) -> list[State]:
         """All ways to give each mesh axis to a factor or to none, that every operand and result can follow."""
-        allowed, even = self.factors(op), op.id in self.groups.summed
+        allowed, even = self.factors(op), op.id in self.groups.summed or op.name not in _PADDED
         rest = (PARTIAL, WHOLE) if op.id in self.groups.sums else (WHOLE,)
         key = ("strategies", op.rule, allowed, rest, even)
         if key not in self.lists:
@@ -229,11 +233,11 @@ class _Builder:
         return tuple(f for f in free if f in batch) if batch else free
 
     def fits(self, rule: Rule, strategy: State, even: bool) -> bool:
-        """Whether operands and results can be split so; `even`: what is summed away must divide, to be held back."""
+        """Whether operands and results can be split so; `even`: every split factor must divide."""
         shards = _factor_shards(rule, strategy, self.mesh)
-        if any(n > size for n, size in zip(shards, rule.sizes, strict=True)):
+        if any(n > max(size, 1) for n, size in zip(shards, rule.sizes, strict=True)):
             return False
-        if even and any(rule.sizes[f] % shards[f] for f in rule.reduction):
+        if even and any(size % n for n, size in zip(shards, rule.sizes, strict=True)):
             return False
         return all(_compound_fits(rule, dim, strategy, shards) for t in (*rule.operands, *rule.results) for dim in t)
 

@@ -80,7 +80,7 @@ class TensorSpace:
 
     def possible(self, state: State) -> bool:
         """Whether no dim is cut into more parts than it has elements."""
-        return all(n <= size for n, size in zip(self.shards(state), self.shape, strict=True))
+        return all(n <= max(size, 1) for n, size in zip(self.shards(state), self.shape, strict=True))
 
     def local_elements(self, state: State) -> int:
         """Elements on one device; a dim that does not divide is padded up."""

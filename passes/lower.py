@@ -153,6 +153,9 @@ class _Writer:
     def pin_operand(self, pin: Pin) -> None:
         handle = self.reading.handles[pin.op]
         number = self.reading.ports[pin.op][pin.port]
+        if self.reading.graph.ops[pin.op].name == "branch":
+            block = handle.regions[pin.port].blocks[0]
+            handle = block.operations[len(block.operations) - 1].operation
         value = handle.operands[number]
         for spec in pin.path:
             if (value, spec) not in self.moved:
@@ -183,4 +186,6 @@ def _result(reading: stablehlo.Reading, pin: Pin) -> Any:
         return handle.regions[1].blocks[0].arguments[reading.ports[pin.op][0]]
     if name == "yield":
         return handle.parent.results[reading.ports[pin.op][0]]
+    if name == "branch":
+        return handle.results[reading.ports[pin.op][0]]
     return handle.results[pin.port]

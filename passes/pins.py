@@ -116,14 +116,16 @@ class PinWriter:
         return Pin(port.op, port.port, port.result, (*self.detour(port, moves), *self.stops(tensor, moves, home)))
 
     def detour(self, port: Port, moves: tuple[Move, ...]) -> tuple[Spec, ...]:
-        """A layout to pin before the others: lookups in a split table are summed whole, then cut.
+        """A layout to pin before the others.
 
-        The partitioner gathers the lookups when it sees the cut at once; all-reduce and slice it does as one
-        reduce-scatter where there is one.
+        Lookups in a split table are summed whole, then cut: the partitioner gathers them when it sees the cut at once,
+        but does all-reduce and slice as one reduce-scatter where there is one. Pads, slices and others that have dims
+        to be kept whole are computed so, then cut: it gets some of them wrong otherwise.
         """
-        if self.groups.graph.ops[port.op].name != "stablehlo.gather" or not port.result:
-            return ()
-        if not any(m.kind == "reduce-scatter" for m in moves):
+        op = self.groups.graph.ops[port.op]
+        cut = bool(op.rule.fixed) and bool(moves) and moves[0].kind == "slice"
+        looked_up = op.name == "stablehlo.gather" and any(m.kind == "reduce-scatter" for m in moves)
+        if not port.result or not (cut or looked_up):
             return ()
         whole = tuple(WHOLE if place == PARTIAL else place for place in moves[0].source)
         return (spec_of(whole, self.groups.graph.tensors[port.member.tensor].shape),)

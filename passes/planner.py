@@ -24,7 +24,7 @@ from alpa_like.passes.intra import Restrictions, ShardingProblem, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pins import PinWriter
 from alpa_like.passes.solve import least_memory, solve
-from alpa_like.plan import Placed, Plan, Predicted, SolverReport, StagePlan
+from alpa_like.plan import Placed, Plan, Predicted, SolverReport, Spec, StagePlan
 from alpa_like.tracer import Leaf, Trace
 
 __all__ = ["make_plan"]
@@ -98,13 +98,29 @@ def _solve(
     trace: Trace, groups: Groups, liveness: Liveness, cost: RingCost, method: Method, budget: float
 ) -> _Candidate:
     asked = method.requirements(trace, cost.mesh_shape)
-    problem = build(groups, cost, liveness, Restrictions(asked.tensors, asked.spread, asked.batch))
+    restrictions = Restrictions({**asked.tensors, **_keys(trace)}, asked.spread - _key_tensors(trace), asked.batch)
+    problem = build(groups, cost, liveness, restrictions)
     limited = replace(problem.problem, limit=budget)
     try:
         solution = solve(limited, solver=method.solver, time_limit_s=method.time_limit_s, gap=method.gap)
     except InfeasibleError:
         raise InfeasibleError(_too_large(trace, problem, budget, cost.mesh_shape)) from None
     return _Candidate(cost, replace(problem, problem=limited), solution)
+
+
+def _keys(trace: Trace) -> dict[tuple[int, str], Spec]:
+    """Typed random keys stay whole: their data has a dim that their type does not show."""
+    sides = ((trace.arguments, trace.graph.arguments, "home"), (trace.results, trace.graph.results, "out"))
+    return {
+        (tensor, version): ((),) * len(trace.graph.tensors[tensor].shape)
+        for leaves, tensors, version in sides
+        for leaf, tensor in zip(leaves, tensors, strict=True)
+        if leaf.dtype.startswith("key<")
+    }
+
+
+def _key_tensors(trace: Trace) -> frozenset[int]:
+    return frozenset(tensor for tensor, _ in _keys(trace))
 
 
 def _written_in_place(trace: Trace) -> frozenset[tuple[int, int]]:
@@ -173,7 +189,7 @@ def _write(
 
 
 def _placed(writer: PinWriter, leaf: Leaf, tensor: int, version: str) -> Placed:
-    return Placed(leaf.path, leaf.shape, leaf.dtype, writer.spec(tensor, version))
+    return Placed(leaf.path, leaf.shape, leaf.dtype, writer.spec(tensor, version)[: len(leaf.shape)])
 
 
 def _warnings(graph: OpGraph) -> tuple[str, ...]:

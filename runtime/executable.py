@@ -24,6 +24,9 @@ class Executable:
         self._trace = trace
         self._lowered = lowered
         self._call = lowered.compiled
+        self._scalars = tuple((i, a.weak_type) for i, a in enumerate(trace.avals) if not a.shape)
+        counts = [child.num_leaves for child in trace.in_tree.children()]
+        self._donated = [i for p in trace.donated for i in range(sum(counts[:p]), sum(counts[: p + 1]))]
 
     @property
     def input_shardings(self) -> tuple[Any, ...]:
@@ -46,10 +49,21 @@ class Executable:
         Raises `ProgramError` for arguments of other trees, shapes or dtypes, and where a failed step has
         taken donated arguments with it.
         """
-        try:
-            return self.run(*args)
-        except (TypeError, ValueError):
-            return self.run(*self.place(*args))
+        if self.takes(args):
+            try:
+                return self.run(*args)
+            except (TypeError, ValueError):
+                pass  # not placed yet, or no fit: `place` moves them or says what is wrong
+        return self.run(*self.place(*args))
+
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        """False where XLA would take arguments that are wrong: scalars that promote otherwise, one buffer donated twice."""
+        leaves = tree_leaves(args)
+        if len(leaves) != len(self._trace.avals):
+            return False
+        if any(abstract_leaf(leaves[i])[2] != weak for i, weak in self._scalars):
+            return False
+        return len({id(leaves[i]) for i in self._donated}) == len(self._donated)
 
     def run(self, *args: Any) -> Any:
         """The step on arguments that are where the plan wants them: `TypeError` or `ValueError` if they are not."""
@@ -61,7 +75,19 @@ class Executable:
     def place(self, *args: Any) -> tuple[Any, ...]:
         """The arguments, moved to the plan's shardings."""
         self.check(args)
-        return jax.device_put(args, self._lowered.input_shardings)
+        given, tree = jax.tree.flatten(args)
+        wanted = tree_leaves(self._lowered.input_shardings)
+        elsewhere = [i for i, x in enumerate(given) if getattr(x, "sharding", None) != wanted[i]]
+        flat = list(given)
+        moved = jax.device_put([given[i] for i in elsewhere], [wanted[i] for i in elsewhere])
+        for i, value in zip(elsewhere, moved, strict=True):
+            flat[i] = value
+        seen: set[int] = set()
+        for i in self._donated:  # a state that holds one array twice would be donated twice
+            if id(given[i]) in seen:
+                flat[i] = flat[i].copy()
+            seen.add(id(given[i]))
+        return jax.tree.unflatten(tree, flat)
 
     def check(self, args: tuple[Any, ...]) -> None:
         """Raise `ProgramError` where arguments differ from those that the step was compiled for."""
@@ -77,7 +103,7 @@ class Executable:
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )
-            if shape != leaf.shape or (dtype != str(aval.dtype) and not weak):
+            if shape != leaf.shape or weak != aval.weak_type or (dtype != str(aval.dtype) and not weak):
                 raise ProgramError(
                     f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled "
                     f"for {leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from alpa_like.errors import InfeasibleError
 from alpa_like.passes import ilp
 from alpa_like.passes.assignment import AssignmentProblem, Usage, brute_force

@@ -1,14 +1,15 @@
 """Sums of partial sums: one collective for all summands, and the same numbers."""
 
-import alpa_like as alpa
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+
+import alpa_like as alpa
 from alpa_like.models import facts_gpt
 from alpa_like.passes.lower import lower
 from alpa_like.tracer import trace
-from jax.sharding import PartitionSpec as P
 
 V, D, B, S = 64, 32, 16, 8
 
