@@ -105,7 +105,7 @@ class _Work:
         self.tables = [{} for _ in self.problem.unary]
         for i, costs in enumerate(self.problem.unary):
             self.add(_Table((i,), costs))
-        parts: dict[tuple[int, bool, bool], Costs] = {}
+        parts: dict[tuple[object, ...], Costs] = {}
         for edge, costs in self.problem.pairs.items():
             free = tuple(len(self.problem.unary[n]) > 1 for n in edge)  # a node without a choice is no variable
             key = (id(costs), *free)

