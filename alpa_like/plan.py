@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -200,10 +199,15 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
         target = Path(path)
-        text = json.dumps(_to_json(self), indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, target)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(_to_json(self), indent=1, allow_nan=False))
+            os.replace(part, target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise PlanError(
+                f"the plan can't be written to {path}: {error.strerror}; what was there is as it was"
+            ) from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -335,9 +339,11 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
     for path in [*mine, *(p for p in theirs if p not in mine)]:
         if mine.get(path) != theirs.get(path):
             yield f"{path}: {mine.get(path)} -> {theirs.get(path)}"
-    if all(a.pins != b.pins for a, b in zip(left.stages, right.stages, strict=False)):
-        changed = sum(len(set(a.pins) ^ set(b.pins)) for a, b in zip(left.stages, right.stages, strict=False))
-        yield f"layouts inside the step: {changed} pins differ"
+    stages = list(zip(left.stages, right.stages, strict=False))
+    for what, name in (("layouts inside the step", "pins"), ("sums that are reduced once", "sums")):
+        changed = sum(len(set(getattr(a, name)) ^ set(getattr(b, name))) for a, b in stages)
+        if changed:
+            yield f"{what}: {changed} {name} differ"
 
 
 # ------------------------------------------------------------------------------------------------ JSON
@@ -346,6 +352,7 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
 def _to_json(plan: Plan) -> dict[str, Any]:
     data = asdict(replace(plan, cluster=None))  # pyright: ignore[reportArgumentType]
     data["cluster"] = plan.cluster.to_json()
+    data["solver"]["considered"] = [[n, t if math.isfinite(t) else None] for n, t in plan.solver.considered]
     for stage in data["stages"]:
         stage["pins"] = [[p["op"], p["port"], p["result"], p["path"]] for p in stage["pins"]]
         stage["sums"] = [[t["op"], t["axes"], t["spec"], t["splits"]] for t in stage["sums"]]
@@ -361,7 +368,7 @@ def _from_json(data: Any, where: str) -> Plan:
         )
     try:
         solver = dict(data["solver"])
-        considered = tuple((str(name), float(seconds)) for name, seconds in solver.pop("considered"))
+        considered = tuple((str(n), math.inf if t is None else float(t)) for n, t in solver.pop("considered"))
         return Plan(
             function=data["function"],
             program=data["program"],

@@ -173,8 +173,8 @@ def trace(
 
 def _check_argnums(name: str, count: int, donate: Literal["auto"] | Sequence[int], static: Sequence[int]) -> None:
     given = () if isinstance(donate, str) else tuple(donate)
-    for option, numbers in (("donate_argnums", given), ("static_argnums", tuple(static))):
-        beyond = [n for n in numbers if n >= count]
+    for option, given_numbers in (("donate_argnums", given), ("static_argnums", tuple(static))):
+        beyond = [n for n in given_numbers if n >= count]
         if beyond:
             raise TraceError(f"{option} names argument {beyond[0]}, but {name} was called with {count} arguments")
     both = sorted(set(given) & set(static))

@@ -24,6 +24,7 @@ from jax.tree_util import tree_unflatten
 
 from alpa_like import stablehlo
 from alpa_like.errors import PlanError
+from alpa_like.graph import OpGraph
 from alpa_like.passes.sums import hold_back
 from alpa_like.plan import Pin, Placed, Plan, Spec, StagePlan, partition_spec
 from alpa_like.tracer import Trace
@@ -110,6 +111,8 @@ def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
     reading = stablehlo.read(module)
     if reading.graph.digest != plan.program:
         raise PlanError(f"{plan.function} lowers to another program for these devices; plan it again on this platform")
+    for pin in stage.pins:
+        _check_pin(pin, reading.graph)
     with module.context, ir.Location.unknown():
         writer = _Writer(reading, stage.axis_names, _mesh_symbol(module))
         for pin in stage.pins:
@@ -121,6 +124,20 @@ def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
         for total in stage.sums:
             hold_back(reading, total, stage, writer.attribute)
     stablehlo.strip(reading)
+
+
+def _check_pin(pin: Pin, graph: OpGraph) -> None:
+    """Raise `PlanError` for a pin of an op, operand or dim that the program does not have."""
+    where = f"the plan pins {'result' if pin.result else 'operand'} {pin.port} of op {pin.op}"
+    if not 0 <= pin.op < len(graph.ops):
+        raise PlanError(f"{where}, but the program has ops 0 to {len(graph.ops) - 1}")
+    op = graph.ops[pin.op]
+    tensors = op.results if pin.result else op.operands
+    if not 0 <= pin.port < len(tensors):
+        raise PlanError(f"{where}, but {op.name} has {len(tensors)} of them")
+    shape = graph.tensors[tensors[pin.port]].shape
+    if any(len(spec) != len(shape) for spec in pin.path):
+        raise PlanError(f"{where} to {pin.path[-1]}, but that tensor has shape {shape}: a spec needs an entry per dim")
 
 
 def _mesh_symbol(module: Any) -> str:

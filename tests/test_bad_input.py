@@ -36,10 +36,14 @@ def session():
 
 
 @pytest.fixture
-def one_device():
-    alpa.init(cluster(1))
+def eight_again():
     yield
     alpa.init(cluster(8))
+
+
+@pytest.fixture
+def one_device(eight_again):
+    alpa.init(cluster(1))
 
 
 def train_step(state, batch):
@@ -476,10 +480,9 @@ def test_jax_has_started_with_one_device():
         ({"cluster": cluster(8), "num_devices": 4}, ["num_devices", "4", "8"]),
     ],
 )
-def test_wrong_ways_to_begin(arguments, words):
+def test_wrong_ways_to_begin(arguments, words, eight_again):
     with refuses(alpa.ClusterError, *words):
         alpa.init(**arguments)
-    alpa.init(cluster(8))
 
 
 def test_create_state_needs_a_plan_and_a_state_that_fits_it():
