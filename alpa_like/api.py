@@ -85,7 +85,7 @@ class ParallelFunction:
         """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); uses no device if `cluster` is given."""
         args = bind(self.fun, args, kwargs)
         session.emulate(EMULATED_DEVICES)
-        signature = signature_of(args, self.static_argnums)
+        signature = signature_of(self.fun, args, self.static_argnums)
         where = cluster or session.current().described()
         traced = self._trace(signature, args)
         if (signature, where) not in self._plans:
@@ -99,7 +99,7 @@ class ParallelFunction:
         Raises `PlanError` for a plan of another program, or for another number of devices.
         """
         here = session.current()
-        signature = signature_of(args, self.static_argnums)
+        signature = signature_of(self.fun, args, self.static_argnums)
         chosen = plan or self.plan(*args, cluster=cluster)
         traced = self._trace(signature, args)
         executable = Executable(traced, chosen, lower(traced, chosen, here.devices))
@@ -134,7 +134,7 @@ class ParallelFunction:
         return self._traces[signature]
 
     def _executable(self, args: tuple[Any, ...]) -> Executable:
-        signature = signature_of(args, self.static_argnums)
+        signature = signature_of(self.fun, args, self.static_argnums)
         if signature not in self._executables:
             if self._executables:
                 logger.warning("%s: %s; compiling again", self.__name__, self._change(signature))
@@ -215,7 +215,7 @@ def parallelize(
 
 
 def _argnums(given: int | Sequence[int] | str, name: str) -> tuple[int, ...]:
-    numbers = (given,) if isinstance(given, int) else tuple(given)
+    numbers = tuple(given) if isinstance(given, Sequence) else (given,)
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise MethodError(f"{name} must be argument numbers from 0 on, found {given!r}")
     return tuple(int(n) for n in numbers)

@@ -37,6 +37,10 @@ class CostModel(Protocol):
     @property
     def mesh_shape(self) -> tuple[int, ...]: ...
 
+    def emitted(self, kind: str) -> str:
+        """The collective that the platform's compiler makes of one of this kind."""
+        ...
+
     def compute_s(self, flops: float, nbytes: float, dtype: str) -> float:
         """Seconds to do `flops` in `dtype` while `nbytes` go through the device's memory."""
         ...
@@ -66,6 +70,9 @@ class RingCost:
                 f"has {self.cluster.num_devices}; choose a mesh shape whose product is {self.cluster.num_devices}"
             )
 
+    def emitted(self, kind: str) -> str:
+        return "all-reduce" if kind == "reduce-scatter" and not self.native_reduce_scatter else kind
+
     def compute_s(self, flops: float, nbytes: float, dtype: str) -> float:
         device = self.cluster.device
         # JAX's default precision for float32 matmuls is TensorFloat-32 where the hardware has it.
@@ -76,8 +83,7 @@ class RingCost:
         members = math.prod(self.mesh_shape[a] for a in axes)
         if members == 1:
             return 0.0
-        if kind == "reduce-scatter" and not self.native_reduce_scatter:
-            kind = "all-reduce"
+        kind = self.emitted(kind)
         link = _link(self.cluster, self.mesh_shape, axes)
         rounds = 2 if kind == "all-reduce" else 1
         sent = ring_bytes(kind, nbytes, members)

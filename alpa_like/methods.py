@@ -9,14 +9,15 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alpa_like.errors import MethodError
+from alpa_like.errors import MethodError, PlanError
 from alpa_like.graph import meets_batch
-from alpa_like.plan import Spec
+from alpa_like.plan import Spec, partition_spec
 from alpa_like.tracer import Trace
 
 __all__ = [
@@ -63,21 +64,31 @@ class Method:
     gap: float = 1e-3
 
     def __post_init__(self) -> None:
+        self._check_mesh()
+        self._check_numbers()
+        if self.solver not in ("auto", "HiGHS", "CBC"):
+            raise MethodError(f"solver must be 'auto', 'HiGHS' or 'CBC', found {self.solver!r}")
+
+    def _check_mesh(self) -> None:
         if self.mesh_shape != "auto":
-            shape = tuple(self.mesh_shape)
+            shape = tuple(self.mesh_shape) if isinstance(self.mesh_shape, Sequence) else ()
             if not 1 <= len(shape) <= 3 or not all(isinstance(n, int) and n > 0 for n in shape):
                 raise MethodError(
                     f"mesh_shape must be 'auto' or 1 to 3 positive whole numbers, found {self.mesh_shape!r}"
                 )
             object.__setattr__(self, "mesh_shape", shape)
-        if self.axis_names is not None and len(set(self.axis_names)) != len(self.axis_names):
-            raise MethodError(f"axis_names must differ from each other, found {self.axis_names}")
-        if self.memory_budget_bytes is not None and not self.memory_budget_bytes > 0:
-            raise MethodError(f"memory_budget_bytes must be above 0, found {self.memory_budget_bytes}")
-        if not 0 <= self.gap < 1:
-            raise MethodError(f"gap must be at least 0 and less than 1, found {self.gap}")
-        if not self.time_limit_s > 0:
-            raise MethodError(f"time_limit_s must be above 0, found {self.time_limit_s}")
+        names = self.axis_names
+        if names is not None and len(set(names)) != len(names):
+            raise MethodError(f"axis_names must differ from each other, found {names}")
+
+    def _check_numbers(self) -> None:
+        budget = self.memory_budget_bytes
+        if budget is not None and not (isinstance(budget, Real) and budget > 0):
+            raise MethodError(f"memory_budget_bytes must be a number of bytes above 0, found {budget!r}")
+        if not (isinstance(self.gap, Real) and 0 <= self.gap < 1):
+            raise MethodError(f"gap must be a share of at least 0 and less than 1, found {self.gap!r}")
+        if not (isinstance(self.time_limit_s, Real) and self.time_limit_s > 0):
+            raise MethodError(f"time_limit_s must be a number of seconds above 0, found {self.time_limit_s!r}")
 
     @property
     def name(self) -> str:
@@ -93,8 +104,11 @@ class Method:
     def mesh_shapes(self, devices: int) -> tuple[tuple[int, ...], ...]:
         """The mesh shapes to try on so many devices."""
         if self.mesh_shape == "auto":
-            shapes = _factorizations(devices)
-            return tuple(s for s in shapes if self.axis_names is None or len(s) == len(self.axis_names))
+            names = self.axis_names
+            shapes = tuple(s for s in _factorizations(devices) if names is None or len(s) == len(names))
+            if not shapes:
+                raise MethodError(f"axis_names are {len(names or ())} names, but {devices} devices form no such mesh")
+            return shapes
         if math.prod(self.mesh_shape) != devices:
             raise MethodError(
                 f"mesh_shape {self.mesh_shape} needs {math.prod(self.mesh_shape)} devices, but there are {devices}; "
@@ -106,6 +120,11 @@ class Method:
         """What this method forbids on a mesh."""
         del trace, mesh_shape
         return Requirements()
+
+    def warnings(self, trace: Trace) -> tuple[str, ...]:
+        """What of this method has no effect on a step."""
+        del trace
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +216,27 @@ class ManualParallel(Method):
     out_specs: Any = None
     constraints: Mapping[str, PartitionSpec] | None = None
 
+    def mesh_shapes(self, devices: int) -> tuple[tuple[int, ...], ...]:
+        """With "auto", the meshes that have every axis that a spec names."""
+        shapes = super().mesh_shapes(devices)
+        if self.mesh_shape != "auto" or self.axis_names is not None:
+            return shapes
+        specs = jax.tree.leaves((self.in_specs, self.out_specs, dict(self.constraints or {})), is_leaf=_is_spec)
+        used = {
+            n for s in specs if isinstance(s, PartitionSpec) for e in s for n in (e if isinstance(e, tuple) else (e,))
+        }
+        enough = tuple(s for s in shapes if used & set(AXIS_NAMES) <= set(AXIS_NAMES[: len(s)]))
+        return enough or shapes[-1:]
+
+    def warnings(self, trace: Trace) -> tuple[str, ...]:
+        """The patterns that no op's name matches."""
+        sources = {op.source for op in trace.graph.ops}
+        return tuple(
+            f"the constraint {pattern!r} matches no op; names look like {min(sources, default='')!r}"
+            for pattern in self.constraints or {}
+            if not any(fnmatch.fnmatchcase(s, pattern) for s in sources)
+        )
+
     def requirements(self, trace: Trace, mesh_shape: tuple[int, ...]) -> Requirements:
         names, graph = self.names(mesh_shape), trace.graph
         tensors: dict[tuple[int, str], Spec] = {}
@@ -208,6 +248,14 @@ class ManualParallel(Method):
             for leaf, tensor, spec in zip(leaves, ids, _broadcast(given, tree), strict=True):
                 if spec is not None:
                     tensors[(tensor, version)] = to_spec(spec, names, leaf.path, leaf.shape, mesh_shape)
+        for a, r in trace.stored:
+            enters, leaves_as = tensors.get((graph.arguments[a], "home")), tensors.get((graph.results[r], "out"))
+            if enters is not None and leaves_as is not None and enters != leaves_as:
+                before, after = partition_spec(enters, names), partition_spec(leaves_as, names)
+                raise PlanError(
+                    f"{trace.arguments[a].path} enters as {before}, but {trace.results[r].path}, which takes its "
+                    f"place, leaves as {after}; give both one spec"
+                )
         for pattern, spec in (self.constraints or {}).items():
             for op in graph.ops:
                 if fnmatch.fnmatchcase(op.source, pattern):
@@ -231,8 +279,9 @@ def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
     try:
         found = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: (spec,), part), given, full, is_leaf=_is_spec)
     except (TypeError, ValueError) as error:
-        raise MethodError(f"the specs are no prefix of the arguments or results: {error}") from None
-    flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1 and _is_spec(x[0]))
+        reason = " ".join(str(error).split())
+        raise MethodError(f"the specs are no tree prefix of what they are for: {reason[:400]}") from None
+    flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1)
     if len(flat) != tree.num_leaves:
         raise MethodError(f"expected specs for {tree.num_leaves} leaves, found {len(flat)}")
     return [_as_partition(entry[0]) for entry in flat]
@@ -250,6 +299,8 @@ def to_spec(
     divide: tuple[int, ...] | None,
 ) -> Spec:
     """A `PartitionSpec` in numbers. Raises `MethodError` for unknown or repeated axes, too many dims, uneven dims."""
+    if not isinstance(spec, PartitionSpec):
+        raise MethodError(f"{where}: expected a PartitionSpec or None, found {spec!r}")
     if len(spec) > len(shape):
         raise MethodError(f"{where}: {spec} has {len(spec)} entries, but the tensor has shape {shape}")
     found: list[tuple[int, ...]] = []

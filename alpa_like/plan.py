@@ -255,7 +255,8 @@ def spec_text(spec: Spec, axis_names: tuple[str, ...]) -> str:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _bytes(n: float) -> str:
+def bytes_text(n: float) -> str:
+    """A number of bytes for people."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= size:
             return f"{n / size:.1f} {unit}"
@@ -271,12 +272,12 @@ def _seconds(s: float) -> str:
 
 def _header(plan: Plan) -> list[str]:
     p, s = plan.predicted, plan.solver
-    traffic = ", ".join(f"{k} {_bytes(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
+    traffic = ", ".join(f"{k} {bytes_text(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
     lines = [
         f"Plan of {plan.function} by {plan.method} for {plan.cluster}",
         f"step {_seconds(p.step_time_s)} = compute {_seconds(p.compute_time_s)} + "
-        f"communication {_seconds(p.communication_time_s)}, peak memory {_bytes(p.peak_memory_bytes)} per device",
-        f"traffic per device {_bytes(p.total_traffic_bytes)} ({traffic})",
+        f"communication {_seconds(p.communication_time_s)}, peak memory {bytes_text(p.peak_memory_bytes)} per device",
+        f"traffic per device {bytes_text(p.total_traffic_bytes)} ({traffic})",
         f"solver {s.solver} {s.status}, gap {s.gap:.2g}, {s.variables} variables, {s.seconds:.2f} s",
     ]
     if len(s.considered) > 1:
@@ -313,7 +314,7 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
             re.sub(r"\d+", "*", p.path),
             f"{p.dtype}[{','.join(map(str, p.shape))}]",
             spec_text(p.spec, stage.axis_names),
-            _bytes(mine),
+            bytes_text(mine),
         )
         merged.setdefault(key, []).append(p.path)
     return [(k[0] if len(paths) > 1 else paths[0], str(len(paths)), *k[1:]) for k, paths in merged.items()]

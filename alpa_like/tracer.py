@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
@@ -105,14 +106,25 @@ def bind(fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
     return bound.args
 
 
-def signature_of(args: Sequence[Any], static_argnums: Sequence[int]) -> Signature:
+def signature_of(fun: Callable[..., Any], args: Sequence[Any], static_argnums: Sequence[int]) -> Signature:
     """The signature of a call. `TraceError` for a leaf that is no array or a static value that can't be hashed."""
     static = tuple((i, type(args[i]), args[i]) for i in static_argnums if i < len(args))  # 1, 1.0 and True are equal
     for i, _, value in static:
         _check_hashable(i, value)
     dynamic = tuple(a for i, a in enumerate(args) if i not in static_argnums)
     flat, tree = jax.tree.flatten(dynamic)
-    return Signature(tree, tuple(abstract_leaf(x) for x in flat), static)
+    if any(isinstance(x, Tracer) for x in flat):
+        raise TraceError(
+            f"{_name(fun)} is parallelized, so it can't be called inside jax.jit, jax.grad or another jax.* "
+            "transformation; call it from plain Python, or parallelize the outer function instead"
+        )
+    try:
+        return Signature(tree, tuple(abstract_leaf(x) for x in flat), static)
+    except TraceError:
+        positions = [i for i in range(len(args)) if i not in static_argnums]
+        for path, value in tree_flatten_with_path(dynamic)[0]:
+            _leaf(_argument_names(fun, len(args)), positions, path, value)  # names the argument
+        raise
 
 
 def _check_hashable(number: int, value: Any) -> None:
@@ -160,7 +172,12 @@ def trace(
         return fun(*filled)
 
     call.__name__ = call.__qualname__ = _name(fun)
-    traced = jax.jit(call).trace(*(value for _, value in flat))
+    traced = jax.jit(call).trace(*(_shape_only(value) for _, value in flat))
+    if any("Ordered" in type(effect).__name__ for effect in traced.jaxpr.effects):
+        raise TraceError(
+            f"{_name(fun)} has an ordered callback, and JAX has no order between several devices; "
+            "use ordered=False, or take the callback out of the step"
+        )
     outputs, out_tree = tree_flatten_with_path(traced.out_info)
     results = tuple(Leaf(f"result{keystr(p)}", tuple(o.shape), str(o.dtype)) for p, o in outputs)
     avals = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in traced.jaxpr.in_avals)
@@ -169,6 +186,13 @@ def trace(
     starts = _starts(in_tree)
     batch = [k for i in _positions(dynamic, batch_argnums) for k in range(starts[i], starts[i + 1])]
     return Trace(_name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch))
+
+
+def _shape_only(value: Any) -> Any:
+    """An argument without its placement, which the plan decides. Python scalars stay, as they promote differently."""
+    if not hasattr(value, "shape"):
+        return value
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=bool(getattr(value, "weak_type", False)))
 
 
 def _check_argnums(name: str, count: int, donate: Literal["auto"] | Sequence[int], static: Sequence[int]) -> None:

@@ -134,6 +134,8 @@ def _section(
     title: str, tasks: dict[str, Task], cases: Sequence[Case], judge: Callable[[Run, Run, Case], Errors]
 ) -> list[tuple[Case, Errors]]:
     """Run the cases and print a row per model and mesh, a column per method; the cases that broke a bound."""
+    if not cases:
+        return []
     start, found = time.perf_counter(), dict[Case, Errors]()
     expected = {name: _reference(task) for name, task in tasks.items()}
     for case in tqdm(cases, desc=title.split(":")[0][:24], leave=False):

@@ -175,7 +175,8 @@ class TensorSpace:
         for m in moves:
             if m.kind != "slice":
                 members = math.prod(self.cost.mesh_shape[a] for a in m.axes)
-                found[m.kind] = found.get(m.kind, 0.0) + ring_bytes(m.kind, m.nbytes, members)
+                kind = self.cost.emitted(m.kind)
+                found[kind] = found.get(kind, 0.0) + ring_bytes(kind, m.nbytes, members)
         return found
 
 

@@ -56,8 +56,8 @@ class Liveness:
         if maker < 0 or tensor in self.stored:
             return True
         op = self.graph.ops[maker]
-        if op.name in ("stablehlo.constant", "stablehlo.iota"):
-            return False
+        if op.name in ("stablehlo.constant", "stablehlo.iota", "barrier"):
+            return False  # a barrier's result is its operand
         if not _fusible(op):
             return True
         readers = [self.graph.ops[u] for u, _ in self.graph.uses[tensor]]

@@ -63,16 +63,20 @@ def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
 
 
 def _check(trace: Trace, plan: Plan, devices: Sequence[Any]) -> None:
+    _check_count(plan, devices)
+    if trace.graph.digest != plan.program:
+        raise PlanError(
+            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
+            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
+        )
+
+
+def _check_count(plan: Plan, devices: Sequence[Any]) -> None:
     count = sum(stage.devices[1] for stage in plan.stages)
     if count != len(devices):
         raise PlanError(
             f"the plan is for {count} devices, but {len(devices)} are here; "
             f"call alpa.init(num_devices={count}), or plan again for the devices here"
-        )
-    if trace.graph.digest != plan.program:
-        raise PlanError(
-            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
-            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
         )
 
 
@@ -88,7 +92,9 @@ def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
 
 def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
     """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
-    mesh = _mesh(plan.stages[0], list(devices))
+    here = list(devices)
+    _check_count(plan, here)
+    mesh = _mesh(plan.stages[0], here)
     inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in plan.stages[0].inputs])
     wanted = _shapes(state)
     for shardings, abstract in zip(inputs, trace.abstract_arguments(), strict=True):

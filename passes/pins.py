@@ -113,7 +113,18 @@ class PinWriter:
         home = self.decision.layouts[(tensor, "home")]
         if not port.result and version != "home":
             moves = (*self.moves(tensor, home, self.decision.layouts[(tensor, version)]), *moves)
-        return Pin(port.op, port.port, port.result, (*self.detour(port, moves), *self.stops(tensor, moves, home)))
+        before = self.detour(port, moves) if port.result else self.anchor(tensor, moves, home)
+        return Pin(port.op, port.port, port.result, (*before, *self.stops(tensor, moves, home)))
+
+    def anchor(self, tensor: int, moves: tuple[Move, ...], home: State) -> tuple[Spec, ...]:
+        """The layout of what an element-wise op made, which nothing else pins, before it is moved.
+
+        Without it the layout that is moved to would spread backwards over the element-wise ops.
+        """
+        maker = self.groups.graph.tensors[tensor].op
+        if not moves or maker < 0 or maker in self.groups.node_set:
+            return ()
+        return (spec_of(home, self.groups.graph.tensors[tensor].shape),)
 
     def detour(self, port: Port, moves: tuple[Move, ...]) -> tuple[Spec, ...]:
         """A layout to pin before the others.
@@ -125,7 +136,7 @@ class PinWriter:
         op = self.groups.graph.ops[port.op]
         cut = bool(op.rule.fixed) and bool(moves) and moves[0].kind == "slice"
         looked_up = op.name == "stablehlo.gather" and any(m.kind == "reduce-scatter" for m in moves)
-        if not port.result or not (cut or looked_up):
+        if not (cut or looked_up):
             return ()
         whole = tuple(WHOLE if place == PARTIAL else place for place in moves[0].source)
         return (spec_of(whole, self.groups.graph.tensors[port.member.tensor].shape),)

@@ -24,7 +24,7 @@ from alpa_like.passes.intra import Restrictions, ShardingProblem, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pins import PinWriter
 from alpa_like.passes.solve import least_memory, solve
-from alpa_like.plan import Placed, Plan, Predicted, SolverReport, Spec, StagePlan
+from alpa_like.plan import Placed, Plan, Predicted, SolverReport, Spec, StagePlan, bytes_text
 from alpa_like.tracer import Leaf, Trace
 
 __all__ = ["make_plan"]
@@ -86,8 +86,13 @@ def _mesh_text(mesh: tuple[int, ...]) -> str:
 
 
 def _alike(cost: RingCost) -> object:
-    """Equal for meshes that differ in the order of axes only, where that order makes no difference to any link."""
+    """Equal for meshes of three axes that differ in their order only, where that makes no difference to any link.
+
+    The order of two axes is tried both ways: it decides which of them can leave a dim that both split.
+    """
     mesh = cost.mesh_shape
+    if len(mesh) < 3:
+        return mesh
     order = sorted(range(len(mesh)), key=lambda a: -mesh[a])
     groups = [[a for k, a in enumerate(order) if bits >> k & 1] for bits in range(1, 2 ** len(mesh))]
     links = [cost.cluster.group_link(mesh, tuple(sorted(g))) for g in groups]
@@ -135,10 +140,10 @@ def _too_large(trace: Trace, problem: ShardingProblem, budget: float, mesh: tupl
     """The sentence for a budget that nothing fits: the least that is needed and the largest arguments."""
     least = least_memory(problem.problem)
     largest = sorted(zip(trace.arguments, trace.graph.arguments, strict=True), key=lambda p: -_size(trace.graph, p[1]))
-    names = ", ".join(f"{leaf} ({_size(trace.graph, t) / 2**20:.1f} MiB)" for leaf, t in largest[:3])
+    names = ", ".join(f"{leaf} ({bytes_text(_size(trace.graph, t))})" for leaf, t in largest[:3])
     return (
-        f"no plan on mesh {mesh} fits in {budget / 2**20:.1f} MiB per device: at least {least / 2**20:.1f} MiB are "
-        f"needed, {max(0.0, least - budget) / 2**20:.1f} MiB more. The largest arguments are {names}. Use more "
+        f"no plan on mesh {mesh} fits in {bytes_text(budget)} per device: at least {bytes_text(least)} are "
+        f"needed, {bytes_text(max(0.0, least - budget))} more. The largest arguments are {names}. Use more "
         "devices, a smaller batch, rematerialization (jax.checkpoint), or a larger memory_budget_bytes"
     )
 
@@ -184,7 +189,14 @@ def _write(
         best.problem.problem.memory(best.solution.choice)[0],
     )
     return Plan(
-        trace.name, trace.graph.digest, method.name, cluster, (stage,), predicted, report, _warnings(trace.graph)
+        trace.name,
+        trace.graph.digest,
+        method.name,
+        cluster,
+        (stage,),
+        predicted,
+        report,
+        (*_warnings(trace.graph), *method.warnings(trace)),
     )
 
 

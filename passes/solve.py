@@ -19,7 +19,7 @@ from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.passes import ilp
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution, Usage
 from alpa_like.passes.eliminate import eliminate
-from alpa_like.passes.fold import fold
+from alpa_like.passes.fold import Folded, fold
 from alpa_like.passes.narrow import Prices, flow_entries, narrow, priced
 
 __all__ = ["least_memory", "solve"]
@@ -249,10 +249,10 @@ class _Search:
 
     def exact(self) -> Solution:
         """The integer program with the limit at the times found so far, and at those that its solutions break."""
-        times = sorted(self.prices)
+        times, folded = sorted(self.prices), True
         while self.left() > 0 and not self.closed():
             try:
-                found = self.at(times)
+                found, proven = self.at(times, fold_it=folded)
             except (InfeasibleError, SolverError):
                 if self.best is None:
                     raise
@@ -260,9 +260,12 @@ class _Search:
             peak, when = self.problem.memory(found.choice)
             if peak <= self.problem.limit * (1 + 1e-9):
                 self.best = min((s for s in (self.best, found) if s), key=lambda s: s.cost)
-                if found.status == "optimal":
+                if proven and found.status == "optimal":
                     self.bound = max(self.bound, min(found.bound, self.best.cost))
-                break
+                if proven or self.closed():
+                    break
+                folded = False  # equal parts may want more than two different choices
+                continue
             if when in times:
                 break
             times.append(when)
@@ -272,17 +275,18 @@ class _Search:
             )
         return self.result()
 
-    def at(self, times: list[int]) -> Solution:
-        """The optimum when the limit holds at `times`."""
+    def at(self, times: list[int], *, fold_it: bool) -> tuple[Solution, bool]:
+        """The optimum when the limit holds at `times`, and whether it is that: folded it need not be."""
         usages = tuple(Usage(u.node, t, t + 1, u.bytes) for t in times for u in self.problem.alive(t))
         limited = replace(self.problem, usages=usages)
         reduced = eliminate(limited, frozenset(u.node for u in usages))
-        folded = fold(reduced.problem)
+        folded = fold(reduced.problem) if fold_it else Folded(reduced.problem, tuple(range(len(reduced.kept))))
         known = self.best.cost - reduced.offset if self.best else np.inf
         part = _solve_core(folded.problem, self.solver, max(1.0, self.left()), self.prices, known)
         choice = reduced.expand(folded.expand(part.choice))
         cost = self.problem.cost(choice)
-        return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+        found = replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+        return found, len(folded.problem.unary) == len(reduced.kept)
 
     def result(self) -> Solution:
         """The best solution, "optimal" if it is proven to be within the gap that was asked for."""

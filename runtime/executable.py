@@ -7,13 +7,25 @@ from typing import Any
 import jax
 from jax.tree_util import tree_leaves
 
-from alpa_like.errors import ProgramError
+from alpa_like.errors import ProgramError, TraceError
 from alpa_like.passes.lower import Lowered, state_shardings
 from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
 from alpa_like.tracer import Trace, abstract_leaf
 
 __all__ = ["Executable"]
+
+
+_SCALARS = {bool: "bool", int: "int", float: "float", complex: "complex"}
+
+
+def _weak(value: Any) -> bool:
+    return type(value) in _SCALARS or bool(getattr(value, "weak_type", False))
+
+
+def _same_kind(found: str, compiled: str) -> bool:
+    """Whether a dtype, or the name of a Python scalar's type, is what a step was compiled for."""
+    return found == compiled or (found in _SCALARS.values() and compiled.startswith(found))
 
 
 class Executable:
@@ -24,6 +36,7 @@ class Executable:
         self._trace = trace
         self._lowered = lowered
         self._call = lowered.compiled
+        self._array = type(jax.device_put(0.0, lowered.mesh.devices.flat[0]))
         self._scalars = tuple((i, a.weak_type) for i, a in enumerate(trace.avals) if not a.shape)
         counts = [child.num_leaves for child in trace.in_tree.children()]
         self._donated = [i for p in trace.donated for i in range(sum(counts[:p]), sum(counts[: p + 1]))]
@@ -57,11 +70,15 @@ class Executable:
         return self.run(*self.place(*args))
 
     def takes(self, args: tuple[Any, ...]) -> bool:
-        """False where XLA would take arguments that are wrong: scalars that promote otherwise, one buffer donated twice."""
+        """False where XLA would take wrong arguments: scalars that promote otherwise, one buffer donated twice."""
         leaves = tree_leaves(args)
         if len(leaves) != len(self._trace.avals):
             return False
-        if any(abstract_leaf(leaves[i])[2] != weak for i, weak in self._scalars):
+        if any(
+            type(x) is self._array and x.is_deleted() for x in leaves
+        ):  # XLA's CPU backend ends the process on these
+            return False
+        if any(_weak(leaves[i]) != weak for i, weak in self._scalars):
             return False
         return len({id(leaves[i]) for i in self._donated}) == len(self._donated)
 
@@ -98,12 +115,15 @@ class Executable:
                 f"found {found}; call the parallelized function itself, which compiles again"
             )
         for leaf, aval, value in zip(self._trace.arguments, self._trace.avals, tree_leaves(args), strict=True):
-            shape, dtype, weak = abstract_leaf(value)
+            try:
+                shape, dtype, weak = abstract_leaf(value)
+            except TraceError as error:
+                raise ProgramError(f"argument {leaf.path} must be an array, but {error}") from None
             if isinstance(value, jax.Array) and value.is_deleted():
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )
-            if shape != leaf.shape or weak != aval.weak_type or (dtype != str(aval.dtype) and not weak):
+            if shape != leaf.shape or weak != aval.weak_type or not _same_kind(dtype, str(aval.dtype)):
                 raise ProgramError(
                     f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled "
                     f"for {leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"
@@ -115,12 +135,14 @@ class Executable:
             for leaf, value in zip(self._trace.arguments, tree_leaves(args), strict=True)
             if isinstance(value, jax.Array) and value.is_deleted()
         ]
-        reason = str(error).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[0] if len(lines) == 1 else f"{lines[0].partition(': Traceback')[0]}: {lines[-1]}"
         if not gone:
             return ProgramError(f"{self._trace.name} failed: {reason}. No argument was lost; the state is as it was")
+        lost = gone[0] if len(gone) == 1 else f"{gone[0]} and {len(gone) - 1} more"
         return ProgramError(
-            f"{self._trace.name} failed: {reason}. The donated arguments are gone ({gone[0]} and {len(gone) - 1} "
-            "more): go on from the last checkpoint, or run with donate_argnums=() to keep them"
+            f"{self._trace.name} failed: {reason}. The donated arguments are gone ({lost}): "
+            "go on from the last checkpoint, or run with donate_argnums=() to keep them"
         )
 
     def state_shardings(self, state: Any) -> Any:

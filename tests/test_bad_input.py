@@ -102,41 +102,49 @@ def manual(**options):
     return alpa.ManualParallel(mesh_shape=(2, 4), **options)
 
 
-PLANS = {  # method, error, words
+PLANS = {  # a method, the error, words
     "mesh": (
-        alpa.ShardParallel(mesh_shape=(3, 2)),
+        lambda: alpa.ShardParallel(mesh_shape=(3, 2)),
         alpa.MethodError,
         ["mesh_shape (3, 2)", "6 devices", "there are 8"],
     ),
-    "names": (alpa.ShardParallel(mesh_shape=(8,), axis_names=("a", "b")), alpa.MethodError, ["(8,)", "axis_names"]),
-    "four names": (alpa.ShardParallel(axis_names=("a", "b", "c", "d")), alpa.MethodError, ["axis_names", "4"]),
-    "unknown axis": (manual(in_specs=(None, P("q"))), alpa.MethodError, ["batch", "'q'", "('x', 'y')"]),
+    "names": (
+        lambda: alpa.ShardParallel(mesh_shape=(8,), axis_names=("a", "b")),
+        alpa.MethodError,
+        ["(8,)", "axis_names"],
+    ),
+    "four names": (lambda: alpa.ShardParallel(axis_names=("a", "b", "c", "d")), alpa.MethodError, ["axis_names", "4"]),
+    "unknown axis": (lambda: manual(in_specs=(None, P("q"))), alpa.MethodError, ["batch", "'q'", "('x', 'y')"]),
     "axis twice": (
-        manual(in_specs=({"w": P("x", "x")}, None)),
+        lambda: manual(in_specs=({"w": P("x", "x")}, None)),
         alpa.MethodError,
         ["state['w']", "P('x', 'x')", "twice"],
     ),
-    "too many dims": (manual(in_specs=(None, P("x", None, "y"))), alpa.MethodError, ["batch", "3 entries", "(16, 8)"]),
-    "order of axes": (manual(in_specs=(None, P(("y", "x")))), alpa.MethodError, ["batch", "order of the mesh"]),
-    "a result": (manual(out_specs=(None, P("x"))), alpa.MethodError, ["result[1]", "1 entries", "()"]),
-    "a constraint": (manual(constraints={"*dot*": P("q")}), alpa.MethodError, ["'*dot*'", "'q'"]),
-    "another tree": (manual(in_specs=({"v": P()}, None)), alpa.MethodError, ["specs", "'v'", "'w'"]),
-    "too few": (manual(in_specs=(None,)), alpa.MethodError, ["specs", "1", "2"]),
-    "no spec": (manual(in_specs=(None, "xy")), alpa.MethodError, ["batch", "PartitionSpec", "'xy'"]),
+    "too many dims": (
+        lambda: manual(in_specs=(None, P("x", None, "y"))),
+        alpa.MethodError,
+        ["batch", "3 entries", "(16, 8)"],
+    ),
+    "order of axes": (lambda: manual(in_specs=(None, P(("y", "x")))), alpa.MethodError, ["batch", "order of the mesh"]),
+    "a result": (lambda: manual(out_specs=(None, P("x"))), alpa.MethodError, ["result[1]", "1 entries", "()"]),
+    "a constraint": (lambda: manual(constraints={"*dot*": P("q")}), alpa.MethodError, ["'*dot*'", "'q'"]),
+    "another tree": (lambda: manual(in_specs=({"v": P()}, None)), alpa.MethodError, ["specs", "'v'", "'w'"]),
+    "too few": (lambda: manual(in_specs=(None,)), alpa.MethodError, ["specs", "1", "2"]),
+    "no spec": (lambda: manual(in_specs=(None, "xy")), alpa.MethodError, ["batch", "PartitionSpec", "'xy'"]),
     "in and out differ": (
-        manual(in_specs=({"w": P("x")}, None), out_specs=({"w": P("y")}, None)),
+        lambda: manual(in_specs=({"w": P("x")}, None), out_specs=({"w": P("y")}, None)),
         alpa.PlanError,
         ["state['w']", "result[0]['w']", "P('x'", "P('y'"],
     ),
-    "axis of another mesh": (alpa.ManualParallel(in_specs=(None, P("q"))), alpa.MethodError, ["batch", "'q'"]),
+    "axis of another mesh": (lambda: alpa.ManualParallel(in_specs=(None, P("q"))), alpa.MethodError, ["batch", "'q'"]),
 }
 
 
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_method_that_does_not_fit_is_refused(kind):
-    method, error, words = PLANS[kind]
+    make, error, words = PLANS[kind]
     with refuses(error, *words):
-        alpa.parallelize(train_step, method=method).plan(STATE, X)
+        alpa.parallelize(train_step, method=make()).plan(STATE, X)
 
 
 def test_a_spec_that_does_not_divide_its_dim():

@@ -11,9 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 import alpa_like as alpa
 from alpa_like import models
+from alpa_like.tracer import trace
 
 CHIP = alpa.Device("chip", (("float32", 1e9),), 2**30, 1e9, 1.0)
 CLUSTER = alpa.Cluster("eight", 1, 8, CHIP, alpa.Link(1e9, 0.0), alpa.Link(1e9, 0.0), ("made up",))
+# Compute is cheap and wires are slow, so without a limit the planner keeps whole what it can.
+GREEDY = alpa.Cluster(
+    "greedy", 1, 8, alpa.Device("chip", (("float32", 1e15),), 2**30, 1e13, 1.0), *[alpa.Link(1e8, 1e-6)] * 2, ()
+)
 MLP = models.mlp_task(models.MLPConfig((32, 64, 8)), 16, optax.adam(1e-3))
 GPT = models.small_tasks()["gpt"]
 
@@ -100,29 +105,26 @@ def test_an_axis_of_one_device_splits_nothing(method, mesh_shape):
 
 
 def test_traffic_of_the_batch_parallel_methods_by_hand():
-    """One layer of [256, 256] float32: 2 S (n-1)/n for an all-reduce, S (n-1)/n for each half of it."""
+    """One layer of [256, 256] float32: S (n-1)/n to scatter gradients, as much to gather parameters."""
 
     def step(state, batch):
         grad = jax.grad(lambda w: jnp.mean(jnp.tanh(batch @ w) ** 2))(state["w"])
         moment = 0.9 * state["m"] + grad
         return {"w": state["w"] - 0.1 * moment, "m": moment}, batch.mean()
 
-    arguments = {name: jax.ShapeDtypeStruct((256, 256), np.float32) for name in "wm"}, jnp.ones((16, 256))
-    half, rest = 256 * 256 * 4 * 7 / 8, 256
-    for method, halves in ((alpa.DataParallel(), 2), (alpa.Zero2Parallel(), 2), (alpa.Zero3Parallel(), 2)):
-        executable = alpa.parallelize(step, method=method).compile(*arguments)
-        measured = executable.traffic(reduce_scatter=True)
-        assert sum(measured.values()) == pytest.approx(halves * half, abs=rest), method.name
-        assert executable.plan.predicted.total_traffic_bytes == pytest.approx(halves * half, abs=rest)
-        whole = {p.path for p in executable.plan.stages[0].inputs if not any(p.spec)}
-        assert (
-            whole
-            == {
-                "DataParallel": {"state['m']", "state['w']"},
-                "Zero2Parallel": {"state['w']"},
-                "Zero3Parallel": set(),
-            }[method.name]
-        )
+    state = {name: jax.ShapeDtypeStruct((256, 256), np.float32) for name in "wm"}
+    arguments = state, jax.ShapeDtypeStruct((4096, 256), np.float32)
+    half = 256 * 256 * 4 * 7 / 8
+    kinds = {
+        alpa.DataParallel(): {"all-reduce": 2 * half},
+        alpa.Zero2Parallel(): {"reduce-scatter": half, "all-gather": half},
+        alpa.Zero3Parallel(): {"reduce-scatter": half, "all-gather": half},
+    }
+    for method, expected in kinds.items():
+        executable = alpa.parallelize(step, method=method).compile(*arguments, cluster=GREEDY)
+        predicted, measured = executable.plan.predicted.traffic_bytes, executable.traffic(reduce_scatter=True)
+        for found in (predicted, measured):  # besides a few scalars
+            assert {kind: n for kind, n in found.items() if n > 256} == pytest.approx(expected, abs=256), method.name
 
 
 def test_a_parameter_that_only_some_of_the_forward_pass_reads_is_a_parameter():
@@ -182,22 +184,18 @@ def test_names_of_axes_are_those_that_were_given():
     assert executable.input_shardings[1]["inputs"].spec == P("data")
 
 
-@pytest.mark.parametrize("spec", [P("x"), P(None, "y"), P(("x", "y")), P()])
-def test_a_constraint_pins_what_matching_ops_make(spec):
-    """The forward product of the first layer, found by its name; the program carries the layout."""
-    plan = plan_of(MLP, manual(constraints={"jvp(MLP)/dense0/dot_general": spec}))
-    parallel = alpa.parallelize(MLP.step)
-    executable = parallel.compile(jax.eval_shape(MLP.init), MLP.abstract_batch(), plan=plan)
-    graph = executable._trace.graph  # the numbers of its ops are those of the pins
-    (op,) = [op.id for op in graph.ops if op.source == "jvp(MLP)/dense0/dot_general" and "dot" in op.name]
-    (pin,) = [pin for pin in plan.stages[0].pins if pin.op == op and pin.result]
-    names = tuple(
-        "xy"[a] if len(axes) == 1 else tuple("xy"[a] for a in axes) for axes in pin.path[-1] for a in axes[:1]
-    )
-    assert [axes for axes in pin.path[-1] if axes] == [
-        tuple("xy".index(n) for n in (e if isinstance(e, tuple) else (e,))) for e in spec if e
-    ]
-    assert len(names) == sum(bool(e) for e in spec)
+@pytest.mark.parametrize(
+    ("spec", "layout"),
+    [(P("x"), ((0,), ())), (P(None, "y"), ((), (1,))), (P(("x", "y")), ((0, 1), ())), (P(), ((), ()))],
+)
+def test_a_constraint_pins_what_matching_ops_make(spec, layout):
+    """The forward product of the first layer, found by its name."""
+    arguments = jax.eval_shape(MLP.init), MLP.abstract_batch()
+    ops = trace(MLP.step, arguments).graph.ops
+    (product,) = [op.id for op in ops if op.source == "jvp(MLP)/dense0/dot_general" and "dot_general" in op.name]
+    parallel = alpa.parallelize(MLP.step, method=manual(constraints={"jvp(MLP)/dense0/dot_*": spec}))
+    (pin,) = [pin for pin in parallel.plan(*arguments).stages[0].pins if pin.op == product and pin.result]
+    assert pin.path[-1] == layout
     state, loss = parallel(MLP.init(), MLP.batch(0))
     expected, value = jax.jit(MLP.step)(MLP.init(), MLP.batch(0))
     np.testing.assert_allclose(loss, value, rtol=1e-5)
@@ -270,10 +268,6 @@ def large_step(state, batch):
 MATRICES = {name: jax.ShapeDtypeStruct((512, 512), np.float32) for name in "ab"}
 LARGE = {"params": MATRICES, "moment": MATRICES}, jax.ShapeDtypeStruct((64, 512), np.float32)
 STATE_BYTES = 4 * 512 * 512 * 4
-# Compute is cheap and wires are slow, so without a limit the planner keeps whole what it can.
-GREEDY = alpa.Cluster(
-    "greedy", 1, 8, alpa.Device("chip", (("float32", 1e15),), 2**30, 1e13, 1.0), *[alpa.Link(1e8, 1e-6)] * 2, ()
-)
 
 
 def large_plan(budget):
@@ -315,5 +309,6 @@ def test_a_lower_budget_is_kept_and_is_never_faster(least):
 def test_the_compiled_program_keeps_the_budget_too(least, share):
     plan = large_plan(share * least)
     executable = alpa.parallelize(large_step).compile(*LARGE, plan=plan)
-    assert executable.memory_bytes() <= share * least * 1.1
-    assert executable.memory_bytes() == pytest.approx(plan.predicted.peak_memory_bytes, rel=0.25)
+    # XLA's CPU backend all-reduces a whole activation where others reduce-scatter it
+    assert executable.memory_bytes() <= share * least + 1.01 * 64 * 512 * 4
+    assert executable.memory_bytes() == pytest.approx(plan.predicted.peak_memory_bytes, rel=0.2)
