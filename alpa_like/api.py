@@ -12,8 +12,9 @@ import jax
 from alpa_like.cluster import Cluster
 from alpa_like.errors import MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
-from alpa_like.passes.lower import lower, state_shardings
+from alpa_like.passes.lower import lower
 from alpa_like.passes.planner import make_plan
+from alpa_like.placement import state_shardings
 from alpa_like.plan import Plan
 from alpa_like.runtime import session
 from alpa_like.runtime.executable import Executable

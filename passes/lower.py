@@ -11,44 +11,35 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.tree_util import tree_unflatten
 
 from alpa_like import stablehlo
 from alpa_like.errors import PlanError
 from alpa_like.graph import OpGraph
 from alpa_like.passes.sums import hold_back
-from alpa_like.plan import Pin, Placed, Plan, Spec, StagePlan, partition_spec
+from alpa_like.placement import Lowered, check_count, place
+from alpa_like.plan import Pin, Plan, Spec, StagePlan
 from alpa_like.tracer import Trace
 
-__all__ = ["Lowered", "enforce", "lower", "state_shardings"]
-
-
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """A compiled stage and where its arguments and results belong, in the trees of the step."""
-
-    compiled: Any
-    mesh: Mesh
-    input_shardings: tuple[Any, ...]
-    output_shardings: Any
+__all__ = ["enforce", "lower"]
 
 
 def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
     """Compile a plan of one stage for `devices`."""
-    _check(trace, plan, devices)
+    check_count(plan, devices)
+    if trace.graph.digest != plan.program:
+        raise PlanError(
+            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
+            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
+        )
     stage = plan.stages[0]
-    mesh = _mesh(stage, devices)
-    inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in stage.inputs])
-    outputs = tree_unflatten(trace.out_tree, [_sharding(mesh, p) for p in stage.outputs])
+    mesh, inputs, outputs = place(trace, stage, devices)
     step = jax.jit(
         trace.function(),
         in_shardings=inputs,
@@ -60,55 +51,6 @@ def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
     if len(devices) > 1:
         enforce(lowered.compiler_ir("stablehlo"), plan, stage)
     return Lowered(lowered.compile(), mesh, inputs, outputs)
-
-
-def _check(trace: Trace, plan: Plan, devices: Sequence[Any]) -> None:
-    _check_count(plan, devices)
-    if trace.graph.digest != plan.program:
-        raise PlanError(
-            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
-            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
-        )
-
-
-def _check_count(plan: Plan, devices: Sequence[Any]) -> None:
-    count = sum(stage.devices[1] for stage in plan.stages)
-    if count != len(devices):
-        raise PlanError(
-            f"the plan is for {count} devices, but {len(devices)} are here; "
-            f"call alpa.init(num_devices={count}), or plan again for the devices here"
-        )
-
-
-def _mesh(stage: StagePlan, devices: Sequence[Any]) -> Mesh:
-    first, count = stage.devices
-    grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
-    return Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
-
-
-def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(placed.spec, mesh.axis_names))
-
-
-def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
-    """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
-    here = list(devices)
-    _check_count(plan, here)
-    mesh = _mesh(plan.stages[0], here)
-    inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in plan.stages[0].inputs])
-    wanted = _shapes(state)
-    for shardings, abstract in zip(inputs, trace.abstract_arguments(), strict=True):
-        if _shapes(abstract) == wanted:
-            return shardings
-    raise PlanError(
-        f"{trace.name} takes no argument like this state: expected one argument with the tree, shapes and dtypes of "
-        f"what the initializer returns, {jax.tree.structure(state)}"
-    )
-
-
-def _shapes(tree: Any) -> Any:
-    flat, structure = jax.tree.flatten(tree)
-    return structure, [(tuple(x.shape), str(x.dtype)) for x in flat]
 
 
 def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:

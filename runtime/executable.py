@@ -8,7 +8,7 @@ import jax
 from jax.tree_util import tree_leaves
 
 from alpa_like.errors import ProgramError, TraceError
-from alpa_like.passes.lower import Lowered, state_shardings
+from alpa_like.placement import Lowered, state_shardings
 from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
 from alpa_like.tracer import Trace, abstract_leaf

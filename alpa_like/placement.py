@@ -1,0 +1,71 @@
+"""Where a plan puts arguments and results on real devices: meshes and `NamedSharding`s, for passes and runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.tree_util import tree_unflatten
+
+from alpa_like.errors import PlanError
+from alpa_like.plan import Placed, Plan, StagePlan, partition_spec
+from alpa_like.tracer import Trace
+
+__all__ = ["Lowered", "check_count", "place", "state_shardings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A compiled stage and where its arguments and results belong, in the trees of the step."""
+
+    compiled: Any
+    mesh: Mesh
+    input_shardings: tuple[Any, ...]
+    output_shardings: Any
+
+
+def check_count(plan: Plan, devices: Sequence[Any]) -> None:
+    """Raise `PlanError` where a plan is for another number of devices."""
+    count = sum(stage.devices[1] for stage in plan.stages)
+    if count != len(devices):
+        raise PlanError(
+            f"the plan is for {count} devices, but {len(devices)} are here; "
+            f"call alpa.init(num_devices={count}), or plan again for the devices here"
+        )
+
+
+def place(trace: Trace, stage: StagePlan, devices: Sequence[Any]) -> tuple[Mesh, tuple[Any, ...], Any]:
+    """The stage's mesh, and the shardings of arguments and results in the trees of the step."""
+    first, count = stage.devices
+    grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
+    mesh = Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
+    inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in stage.inputs])
+    return mesh, inputs, tree_unflatten(trace.out_tree, [_sharding(mesh, p) for p in stage.outputs])
+
+
+def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(placed.spec, mesh.axis_names))
+
+
+def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
+    """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
+    here = list(devices)
+    check_count(plan, here)
+    wanted = _shapes(state)
+    _, inputs, _ = place(trace, plan.stages[0], here)
+    for shardings, abstract in zip(inputs, trace.abstract_arguments(), strict=True):
+        if _shapes(abstract) == wanted:
+            return shardings
+    raise PlanError(
+        f"{trace.name} takes no argument like this state: expected one argument with the tree, shapes and dtypes of "
+        f"what the initializer returns, {jax.tree.structure(state)}"
+    )
+
+
+def _shapes(tree: Any) -> Any:
+    flat, structure = jax.tree.flatten(tree)
+    return structure, [(tuple(x.shape), str(x.dtype)) for x in flat]
