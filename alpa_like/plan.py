@@ -153,7 +153,7 @@ class StagePlan:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Invariant: `verify()` holds. A plan without pipelining has one stage.
 
@@ -226,6 +226,10 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))
+
+    def __repr__(self) -> str:
+        step = _seconds(self.predicted.step_time_s)
+        return f"Plan({self.function}, {self.method}, mesh {self.mesh_shape}, {self.cluster.name}, step {step})"
 
     def _repr_html_(self) -> str:
         rows = [row for stage in self.stages for row in _rows(stage)]

@@ -124,6 +124,7 @@ OPS = {  # results of (w [8, 8], x [16, 8], s [4, 8, 8])
     "dynamic slice": lambda w, x, s: jax.lax.dynamic_slice(x, (w[0, 0].astype(int) + 3, 2), (8, 4)),
     "update": lambda w, x, s: jax.lax.dynamic_update_slice(x, w[:4, :2] * 2, (5, 3)),
     "update in a row": lambda w, x, s: (x * 2).at[3].set(0.0),
+    "add to a row": lambda w, x, s: (x.at[3].add(1.0), x.at[jnp.array([12])].add(x[:1])),
     "sliced and updated": lambda w, x, s: (jax.lax.dynamic_update_slice(x, x[:4, :2] * 2, (5, 3)), x.at[3].set(0.0)),
     "concatenate": lambda w, x, s: (jnp.concatenate([x @ w, x[:5]]), jnp.concatenate([x, x[:, :3]], 1)),
     "pad": lambda w, x, s: (jnp.pad(x @ w, ((1, 2), (0, 3))), jax.lax.pad(x, 0.0, ((-1, -2, 0), (0, 0, 0)))),
@@ -184,6 +185,23 @@ def test_an_op_equals_jit(name, method):
         return state * 2, OPS[name](state, x, jnp.asarray(S))
 
     assert_same(alpa.parallelize(step, method=method)(W, X), jax.jit(step)(W, X))
+
+
+FORCED = ["update in a row", "add to a row", "pad between", "interleave", "sort", "concatenate", "slices", "gather"]
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_an_op_between_layouts_that_it_would_not_choose(name):
+    """The batch is whole and every result split by its first dim, then the other way round."""
+
+    def step(state, x):
+        return state.sum(), OPS[name](state, x, jnp.asarray(S))
+
+    expected = jax.jit(step)(W, X)
+    split = jax.tree.map(lambda r: P("x") if r.shape and r.shape[0] % 8 == 0 else P(), expected[1])
+    for ins, outs in ((P(), split), (P("x"), P())):
+        method = alpa.ManualParallel(mesh_shape=(8,), in_specs=(P(), ins), out_specs=(P(), outs))
+        assert_same(alpa.parallelize(step, method=method)(W, X), expected)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
