@@ -2,11 +2,11 @@
 
 A *state* gives every mesh axis a place: `PARTIAL` (each device holds a summand), `WHOLE` (not split by this
 axis) or a dim. Axes on one dim are ordered by their number, major to minor. Moves are the steps that the
-partitioner does natively, one axis at a time (reductions also over several):
+partitioner does natively, one axis at a time (reductions and all-to-alls also over several):
 
     all-gather      minor-most axis of a dim  → WHOLE
     slice           WHOLE                     → minor-most axis of a dim     (no communication)
-    all-to-all      minor-most of one dim     → minor-most of another
+    all-to-all      minor-most axes of a dim  → minor-most of another
     reduce-scatter  all PARTIAL axes at once  → minor-most axes of one dim
     all-reduce      a set of PARTIAL axes     → WHOLE
 
@@ -97,6 +97,7 @@ class TensorSpace:
                 target = tuple(WHOLE if a in axes else place for a, place in enumerate(state))
                 yield self._move("all-reduce", axes, state, target)
         yield from self._scatters(state, tuple(partial))
+        yield from self._exchanges(state)
         for axis, place in enumerate(state):
             if self.cost.mesh_shape[axis] == 1 or place == PARTIAL:
                 continue
@@ -114,6 +115,20 @@ class TensorSpace:
             ordered = all(place != goal for a, place in enumerate(state) if a > axes[0] and a not in axes)
             if ordered and self.possible(target):
                 yield self._move("reduce-scatter", axes, state, target)
+
+    def _exchanges(self, state: State) -> Iterator[Move]:
+        """All-to-alls of several axes: the minor-most ones of a dim become the minor-most of another."""
+        for place in range(len(self.shape)):
+            mine = [a for a, p in enumerate(state) if p == place]
+            for count in range(2, len(mine) + 1):
+                yield from self._exchange(state, tuple(mine[-count:]))
+
+    def _exchange(self, state: State, axes: tuple[int, ...]) -> Iterator[Move]:
+        for goal in range(len(self.shape)):
+            target = tuple(goal if a in axes else place for a, place in enumerate(state))
+            behind = all(place != goal for a, place in enumerate(state) if a > axes[0])
+            if goal != state[axes[0]] and behind and self.possible(target):
+                yield self._move("all-to-all", axes, state, target)
 
     def _to_dim(self, state: State, axis: int, place: int, goal: int) -> Iterator[Move]:
         target = (*state[:axis], goal, *state[axis + 1 :])

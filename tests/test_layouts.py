@@ -45,6 +45,8 @@ def neighbours(source, target, sizes, mesh_shape):
     held = [a for a in range(len(mesh_shape)) if source[a] == PARTIAL]
     if held and changed == held:
         return scatters(source, target, held, sizes, mesh_shape)
+    if len(changed) > 1:
+        return exchanges(source, target, changed, sizes, mesh_shape)
     if len(changed) != 1:
         return None
     (axis,) = changed
@@ -56,6 +58,19 @@ def neighbours(source, target, sizes, mesh_shape):
     if new == WHOLE:
         return "all-gather"
     return {PARTIAL: None, WHOLE: "slice"}.get(old, "all-to-all")
+
+
+def exchanges(source, target, changed, sizes, mesh_shape):
+    """Several axes leave the end of one dim for the end of another."""
+    left, goals = {source[a] for a in changed}, {target[a] for a in changed}
+    if len(left) != 1 or len(goals) != 1 or min(*left, *goals) < 0:
+        return None
+    (old,), (new,) = left, goals
+    stay = [a for a, place in enumerate(source) if place == old and a not in changed]
+    there = [a for a, place in enumerate(source) if place == new]
+    parts = math.prod(n for n, place in zip(mesh_shape, target, strict=True) if place == new)
+    fits = all(a < changed[0] for a in (*stay, *there)) and parts <= max(sizes[new], 1)
+    return "all-to-all" if fits else None
 
 
 def scatters(source, target, held, sizes, mesh_shape):

@@ -82,11 +82,10 @@ SHARD8, SHARD2x4 = alpa.ShardParallel(mesh_shape=(8,)), alpa.ShardParallel(mesh_
 DATA, ZERO2, ZERO3 = alpa.DataParallel(), alpa.Zero2Parallel(mesh_shape=(2, 4)), alpa.Zero3Parallel()
 RUNS = {
     "mlp": [SHARD8, SHARD2x4, alpa.ShardParallel(mesh_shape=(2, 2, 2)), DATA, ZERO2, ZERO3],
-    "gpt": [SHARD8, SHARD2x4, ZERO3],
-    "gpt_scan": [SHARD2x4, ZERO2],
-    "gpt_remat": [SHARD8],
-    "bert": [SHARD2x4, DATA],
-    "conv": [SHARD2x4, ZERO2],
+    "gpt": [SHARD8, ZERO3],
+    "gpt_scan": [SHARD2x4],
+    "bert": [SHARD2x4],
+    "conv": [SHARD2x4, DATA, ZERO2],
     "moe": [SHARD8, ZERO3],
 }
 
