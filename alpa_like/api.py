@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import jax
 
 from alpa_like.cluster import Cluster
-from alpa_like.errors import MethodError, PlanError, TraceError
+from alpa_like.errors import ClusterError, MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
 from alpa_like.passes.lower import lower
 from alpa_like.passes.planner import make_plan
@@ -54,6 +54,7 @@ class ParallelFunction:
         self.fun, self.method = fun, method
         self.donate_argnums: Literal["auto"] | tuple[int, ...] = donate_argnums
         self.batch_argnums, self.static_argnums = batch_argnums, static_argnums
+        self._session: object = None
         self._last: tuple[tuple[Any, ...], Executable] | None = None
         self._last_plan: tuple[Plan, Trace] | None = None
         self._traces: dict[Signature, Trace] = {}
@@ -71,6 +72,8 @@ class ParallelFunction:
         """Run the function; traces, plans and compiles at the first call of a signature."""
         if kwargs:
             args = bind(self.fun, args, kwargs)
+        if self._session is not session.current():
+            self._begin()
         dynamic, static = self._split(args)
         last = self._last
         if last is not None and last[0] == static and last[1].takes(dynamic):
@@ -82,9 +85,17 @@ class ParallelFunction:
         self._last = (static, executable)
         return executable(*dynamic)
 
+    def _begin(self) -> None:
+        """Forget what was compiled for the devices of an earlier session."""
+        self._session = session.current()
+        self._last = None
+        self._executables.clear()
+
     def plan(self, *args: Any, cluster: Cluster | None = None, **kwargs: Any) -> Plan:
-        """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); uses no device if `cluster` is given."""
+        """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); nothing runs on a device if `cluster` is given."""
         args = bind(self.fun, args, kwargs)
+        if cluster is not None and not isinstance(cluster, Cluster):
+            raise ClusterError(f"cluster must be an alpa_like.Cluster such as Cluster.dgx_a100(), found {cluster!r}")
         session.emulate(EMULATED_DEVICES)
         signature = signature_of(self.fun, args, self.static_argnums)
         where = cluster or session.current().described()
@@ -100,13 +111,22 @@ class ParallelFunction:
         Raises `PlanError` for a plan of another program, or for another number of devices.
         """
         here = session.current()
+        if self._session is not here:
+            self._begin()
         signature = signature_of(self.fun, args, self.static_argnums)
         chosen = plan or self.plan(*args, cluster=cluster)
         traced = self._trace(signature, args)
+        donated = ", ".join(sorted({leaf.path.partition(".")[0].partition("[")[0] for leaf in traced.donated_leaves}))
+        logger.info("%s: compiling for mesh %s; donated: %s", self.__name__, chosen.mesh_shape, donated or "nothing")
         executable = Executable(traced, chosen, lower(traced, chosen, here.devices))
         self._executables[signature] = executable
         self._last, self._last_plan = (self._split(args)[1], executable), (chosen, traced)
         return executable
+
+    def op_names(self, *args: Any) -> tuple[str, ...]:
+        """The names that `ManualParallel` patterns are matched with, in program order, each once."""
+        traced = self._trace(signature_of(self.fun, args, self.static_argnums), args)
+        return tuple(dict.fromkeys(op.source for op in traced.graph.ops if op.source))
 
     def state_shardings(self, state: Any) -> Any:
         """Where the last plan places an argument with the tree and shapes of `state`, as `NamedSharding`s."""
@@ -228,6 +248,8 @@ def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction
     `like` must have been planned, compiled or called. Raises `PlanError` where it was not, or where it takes no
     argument with the tree and shapes that `init_fn` returns.
     """
+    if not isinstance(like, ParallelFunction | Executable):
+        raise PlanError(f"like must be a parallelized function or an Executable, found {like!r}")
     shapes = jax.eval_shape(init_fn, *args)
     shardings = like.state_shardings(shapes)
     return jax.jit(init_fn, out_shardings=shardings)(*args)

@@ -209,12 +209,19 @@ class ManualParallel(Method):
     in_specs: one entry per argument (static ones not counted): a `PartitionSpec`, a pytree prefix of them, or None.
     out_specs: the same for the result. constraints: `PartitionSpec`s for what ops make, by a pattern over the
     op's name such as `"*/h*/mlp/up/dot_general"` (`fnmatch` rules; the plan's warnings list patterns without match).
-    A spec names mesh axes by `axis_names`; `P()` means whole.
+    A spec names mesh axes by `axis_names`; `P()` means whole. An op's name is its JAX name stack and primitive, such
+    as `jvp(GPT)/h0/mlp/up/dot_general` forward and `transpose(jvp(GPT))/h0/mlp/up/dot_general` backward;
+    `step.op_names(...)` lists them.
     """
 
     in_specs: Any = None
     out_specs: Any = None
     constraints: Mapping[str, PartitionSpec] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.constraints is not None and not isinstance(self.constraints, Mapping):
+            raise MethodError(f"constraints must map patterns to PartitionSpecs, found {self.constraints!r}")
 
     def mesh_shapes(self, devices: int) -> tuple[tuple[int, ...], ...]:
         """With "auto", the meshes that have every axis that a spec names."""
@@ -232,7 +239,7 @@ class ManualParallel(Method):
         """The patterns that no op's name matches."""
         sources = {op.source for op in trace.graph.ops}
         return tuple(
-            f"the constraint {pattern!r} matches no op; names look like {min(sources, default='')!r}"
+            f"the constraint {pattern!r} matches no op; names look like {max(sources, key=len, default='')!r}"
             for pattern in self.constraints or {}
             if not any(fnmatch.fnmatchcase(s, pattern) for s in sources)
         )

@@ -251,8 +251,15 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     fixed = set(rule.fixed)
     if rule.reduction and len(op.regions) and not _has_plain_combiner(op):
         fixed |= rule.reduction
-    if op.name == "stablehlo.scatter" and not _adds(op):  # the partitioner writes into every part, not only into one
+    # The partitioner writes into every part, not only into one, unless it adds and has more than one index.
+    single = not any(rule.sizes[f] > 1 for f in rule.reduction)
+    if op.name == "stablehlo.scatter" and (single or not _adds(op)):
         fixed |= set(range(len(rule.sizes))) - {f for dim in rule.operands[2] for f in dim} | rule.reduction
+    if op.name == "stablehlo.convolution":  # strided and dilated windows that are cut give wrong numbers
+        fixed |= _window_factors(op, rule)
+    if op.name == "stablehlo.convolution" and _grouped(op):  # the partitioner aborts on groups that it has to cut
+        left, right = ({f for dim in dims for f in dim} for dims in rule.operands)
+        fixed |= set(range(len(rule.sizes))) - ((left - right) & {f for dim in rule.results[0] for f in dim})
     if op.name == "stablehlo.custom_call":  # LAPACK and the like: each call works on whole matrices
         fixed |= {f for dims in (*rule.operands, *rule.results) for dim in dims[-2:] for f in dim}
     if op.name == "stablehlo.dynamic_update_slice":
@@ -260,6 +267,24 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     if op.name == "stablehlo.concatenate" or frozenset(fixed) == rule.fixed:
         return rule
     return Rule(rule.sizes, rule.operands, rule.results, rule.reduction - fixed, frozenset(fixed))
+
+
+def _window_factors(op: Any, rule: Rule) -> set[int]:
+    """The factors of the dims that the window moves over, and of the window itself."""
+    labels = re.findall(r"\[([^\]]*)\]", str(op.attributes["dimension_numbers"]))
+    tensors = zip(labels, (*rule.operands, *rule.results), strict=True)
+    return {
+        f
+        for names, dims in tensors
+        for name, dim in zip(names.split(", "), dims, strict=True)
+        if name.isdigit()
+        for f in dim
+    }
+
+
+def _grouped(op: Any) -> bool:
+    counts = (op.attributes[f"{kind}_group_count"] for kind in ("batch", "feature"))
+    return any(not str(count).startswith("1 ") for count in counts)
 
 
 def _adds(op: Any) -> bool:

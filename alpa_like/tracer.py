@@ -86,6 +86,12 @@ class Trace:
         stablehlo.annotate(module)
         return stablehlo.read(module).graph
 
+    @property
+    def donated_leaves(self) -> tuple[Leaf, ...]:
+        """The leaves of the donated arguments."""
+        starts = _starts(self.in_tree)
+        return tuple(leaf for p in self.donated for leaf in self.arguments[starts[p] : starts[p + 1]])
+
     def abstract_arguments(self) -> tuple[Any, ...]:
         """The dynamic arguments as `jax.ShapeDtypeStruct`s."""
         return tree_unflatten(self.in_tree, self.avals)

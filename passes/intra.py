@@ -197,7 +197,7 @@ class _Builder:
     def required(self, member: Member) -> State:
         spec = self.restrictions.tensors[(member.tensor, member.version)]
         state = wide_state(spec, self.graph.tensors[member.tensor].shape, len(self.mesh))
-        return tuple(member.dims[p] if p >= 0 else p for p in state)
+        return tuple(member.dims[p] if p >= 0 and n > 1 else WHOLE for p, n in zip(state, self.mesh, strict=True))
 
     def conflict(self, members: tuple[Member, ...]) -> str:
         wanted = [

@@ -94,7 +94,8 @@ class Liveness:
 
     def _shared_interval(self, tensor: int) -> tuple[int, int]:
         """From the first to the last op that is no element-wise op and reads the tensor."""
-        readers = [op for op, _ in self.graph.uses[tensor] if not self.graph.ops[op].elementwise]
+        everyone = [op for op, _ in self.graph.uses[tensor]]
+        readers = [op for op in everyone if not self.graph.ops[op].elementwise] or everyone
         return readers[0], readers[-1] + 1
 
     def passes(self, tensor: int) -> float:

@@ -130,6 +130,7 @@ OPS = {  # results of (w [8, 8], x [16, 8], s [4, 8, 8])
     "pad between": lambda w, x, s: jax.lax.pad(x[:12] @ w, 0.0, ((1, 0, 1), (0, 0, 0))),
     "interleave": lambda w, x, s: jax.lax.associative_scan(jnp.add, x),
     "transposes": lambda w, x, s: (w + w.T, (x[:8] @ x[:8].T) + x[:8].T, s.transpose(2, 0, 1)),
+    "with its own transpose": lambda w, x, s: (w + w.T, w * w.T, w - w.T),
     "reshapes": lambda w, x, s: (x.reshape(8, 16), x.reshape(4, 4, 8).sum(1), x.reshape(-1), (x @ w).reshape(32, 4)),
     "gather": lambda w, x, s: (
         x[jnp.array([0, 3, 3])],
@@ -425,3 +426,37 @@ def test_create_state_takes_arguments_and_an_executable():
     state = alpa.create_state(init, 3, 2.0, like=executable)
     assert_same(state, init(3, 2.0))
     assert state["w"].addressable_shards[0].data.size == 8
+
+
+# Devices, images, kernel, stride, groups: wrong numbers, or an abort, where windows or groups are cut.
+CONVOLUTIONS = {
+    "groups": (8, (8, 12, 12, 8), (3, 3, 4, 16), 1, 2),
+    "stride": (6, (5, 12, 12, 3), (3, 3, 3, 8), 2, 1),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_gradients_of_strided_and_grouped_convolutions(kind):
+    count, images, kernel, stride, groups = CONVOLUTIONS[kind]
+    program = f"""
+        import jax, jax.numpy as jnp, numpy as np
+        import alpa_like as alpa
+        alpa.init(num_devices={count})
+        w, x = jax.random.normal(jax.random.key(0), {kernel}), jax.random.normal(jax.random.key(1), {images})
+        dims = ("NHWC", "HWIO", "NHWC")
+
+        def loss(w, x):
+            made = jax.lax.conv_general_dilated(
+                x, w, ({stride}, {stride}), "SAME", dimension_numbers=dims, feature_group_count={groups}
+            )
+            return (made**2).mean()
+
+        step = lambda w, x: jax.grad(loss)(w, x)
+        plan = alpa.Cluster("chips", 1, {count}, alpa.{CHIP!r}, alpa.{WIRE!r}, alpa.{WIRE!r}, ())
+        mine = alpa.parallelize(step, donate_argnums=()).compile(w, x, cluster=plan)(w, x)
+        np.testing.assert_allclose(mine, jax.jit(step)(w, x), rtol=1e-4, atol=1e-5)
+        print("equal")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[:2000]
