@@ -92,7 +92,7 @@ class ParallelFunction:
         self._executables.clear()
 
     def plan(self, *args: Any, cluster: Cluster | None = None, **kwargs: Any) -> Plan:
-        """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); with `cluster`, nothing runs on a device."""
+        """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); nothing runs on a device."""
         args = bind(self.fun, args, kwargs)
         if cluster is not None and not isinstance(cluster, Cluster):
             raise ClusterError(f"cluster must be an alpa_like.Cluster such as Cluster.dgx_a100(), found {cluster!r}")
