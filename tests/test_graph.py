@@ -204,7 +204,9 @@ def test_rules_are_those_of_shardy(name):
     function, args, kind, text, reduction, fixed, carries = RULES[name]
     op = one(function, *args, name=kind)
     assert str(op.rule) == text
-    assert (op.rule.reduction, op.rule.fixed, op.elementwise) == (reduction, fixed, carries)
+    assert (op.rule.reduction, op.elementwise) == (reduction, carries)
+    # a factor of one element can't be split; whether Shardy says so depends on its version
+    assert {f for f in op.rule.fixed ^ fixed if op.rule.sizes[f] > 1} == set()
     assert op.has_rule
 
 

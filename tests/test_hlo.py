@@ -377,7 +377,9 @@ def test_compiled_loop_without_printed_trip_count():
     stripped = re.sub(r"backend_config=\{.*known_trip_count.*", "", text)
     assert stripped != text
     assert read_collectives(stripped) == read_collectives(text)
-    assert read_collectives(text)[0].source.endswith("while/body/closed_call/psum")
+    source = read_collectives(text)[0].source  # the name in between depends on the version of JAX
+    assert "while/body/" in source
+    assert source.endswith("/psum")
 
 
 def test_compiled_loop_of_unknown_length_counts_once():
