@@ -116,8 +116,13 @@ class ParallelFunction:
         signature = signature_of(self.fun, args, self.static_argnums)
         chosen = plan or self.plan(*args, cluster=cluster)
         traced = self._trace(signature, args)
-        donated = ", ".join(sorted({leaf.path.partition(".")[0].partition("[")[0] for leaf in traced.donated_leaves}))
-        logger.info("%s: compiling for mesh %s; donated: %s", self.__name__, chosen.mesh_shape, donated or "nothing")
+        donated = ", ".join(traced.arguments[i].path for i in traced.donated_leaves[:3])
+        logger.info(
+            "%s: compiling for mesh %s; donated: %s",
+            self.__name__,
+            chosen.mesh_shape,
+            f"{donated}, …" if donated else "nothing",
+        )
         executable = Executable(traced, chosen, lower(traced, chosen, here.devices))
         self._executables[signature] = executable
         self._last, self._last_plan = (self._split(args)[1], executable), (chosen, traced)

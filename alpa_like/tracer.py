@@ -86,11 +86,11 @@ class Trace:
         stablehlo.annotate(module)
         return stablehlo.read(module).graph
 
-    @property
-    def donated_leaves(self) -> tuple[Leaf, ...]:
-        """The leaves of the donated arguments."""
+    @cached_property
+    def donated_leaves(self) -> tuple[int, ...]:
+        """The flat numbers of the leaves of the donated arguments."""
         starts = _starts(self.in_tree)
-        return tuple(leaf for p in self.donated for leaf in self.arguments[starts[p] : starts[p + 1]])
+        return tuple(i for p in self.donated for i in range(starts[p], starts[p + 1]))
 
     def abstract_arguments(self) -> tuple[Any, ...]:
         """The dynamic arguments as `jax.ShapeDtypeStruct`s."""

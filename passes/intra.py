@@ -266,7 +266,7 @@ class _Builder:
     def op_costs(self, op: Op, strategies: list[State]) -> Costs:
         dtype = self.graph.tensors[(*op.operands, *op.results)[0]].dtype
         bits = tuple(dtype_bits(self.graph.tensors[t].dtype) for t in (*op.operands, *op.results))
-        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name in _FREE_OPS, dtype, bits)
+        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name, dtype, bits)
         if key not in self.cache:
             self.cache[key] = np.array([op.count * self.op_seconds(op, s, dtype, bits) for s in strategies])
         return self.cache[key]

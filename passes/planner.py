@@ -51,13 +51,13 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
     budget = method.memory_budget_bytes or float(cluster.device.memory_bytes)
     best: _Candidate | None = None
     considered: list[tuple[str, float]] = []
-    solved: dict[object, tuple[tuple[int, ...], float]] = {}
+    solved: dict[object, float] = {}
     failure: InfeasibleError | None = None
     for mesh in method.mesh_shapes(cluster.num_devices):
         cost = RingCost(cluster, mesh, native_reduce_scatter=cluster.device.name != _EMULATED)
         alike = _alike(cost)
         if alike in solved and method.mesh_shape == "auto" and not _names_axes(method):
-            considered.append((_mesh_text(mesh), solved[alike][1]))
+            considered.append((_mesh_text(mesh), solved[alike]))
             continue
         try:
             candidate = _solve(trace, groups, liveness, cost, method, budget)
@@ -66,7 +66,7 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
             considered.append((_mesh_text(mesh), math.inf))
             continue
         seconds = candidate.solution.cost
-        solved[alike] = (mesh, seconds)
+        solved[alike] = seconds
         considered.append((_mesh_text(mesh), seconds))
         logger.debug("mesh %s: step %.3g s", mesh, seconds)
         if best is None or seconds < best.solution.cost * (1 - 1e-9):
@@ -130,10 +130,8 @@ def _key_tensors(trace: Trace) -> frozenset[int]:
 
 def _written_in_place(trace: Trace) -> frozenset[tuple[int, int]]:
     """Stored pairs whose argument is donated, so that the result takes its memory."""
-    numbers: list[int] = []
-    for position, child in enumerate(trace.in_tree.children()):
-        numbers += [position] * child.num_leaves
-    return frozenset((a, r) for a, r in trace.stored if numbers[a] in trace.donated)
+    donated = frozenset(trace.donated_leaves)
+    return frozenset((a, r) for a, r in trace.stored if a in donated)
 
 
 def _too_large(trace: Trace, problem: ShardingProblem, budget: float, mesh: tuple[int, ...]) -> str:

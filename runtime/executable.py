@@ -38,8 +38,7 @@ class Executable:
         self._call = lowered.compiled
         self._array = type(jax.device_put(0.0, lowered.mesh.devices.flat[0]))
         self._scalars = tuple((i, a.weak_type) for i, a in enumerate(trace.avals) if not a.shape)
-        counts = [child.num_leaves for child in trace.in_tree.children()]
-        self._donated = [i for p in trace.donated for i in range(sum(counts[:p]), sum(counts[: p + 1]))]
+        self._donated = trace.donated_leaves
 
     @property
     def input_shardings(self) -> tuple[Any, ...]:
@@ -74,10 +73,8 @@ class Executable:
         leaves = tree_leaves(args)
         if len(leaves) != len(self._trace.avals):
             return False
-        if any(
-            type(x) is self._array and x.is_deleted() for x in leaves
-        ):  # XLA's CPU backend ends the process on these
-            return False
+        if any(type(x) is self._array and x.is_deleted() for x in leaves):
+            return False  # XLA's CPU backend ends the process on these
         if any(_weak(leaves[i]) != weak for i, weak in self._scalars):
             return False
         return len({id(leaves[i]) for i in self._donated}) == len(self._donated)
