@@ -1,6 +1,15 @@
 """Automatic parallelization for JAX: one decorator shards an unmodified train step."""
 
-from alpa_like.api import ParallelFunction, create_state, init, parallelize, shutdown
+from alpa_like.api import (
+    ParallelFunction,
+    create_state,
+    grad,
+    init,
+    mark_pipeline_boundary,
+    parallelize,
+    shutdown,
+    value_and_grad,
+)
 from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import (
     AlpaError,
@@ -14,11 +23,22 @@ from alpa_like.errors import (
     TraceError,
 )
 from alpa_like.methods import DataParallel, ManualParallel, ShardParallel, Zero2Parallel, Zero3Parallel
+from alpa_like.pipeshard import (
+    AutoLayerOption,
+    AutoStageOption,
+    ManualLayerOption,
+    ManualStageOption,
+    PipeshardParallel,
+    UniformStageOption,
+)
 from alpa_like.plan import Plan
 from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.pipeline import PipelineExecutable
 
 __all__ = [
     "AlpaError",
+    "AutoLayerOption",
+    "AutoStageOption",
     "Cluster",
     "ClusterError",
     "DataParallel",
@@ -27,19 +47,27 @@ __all__ = [
     "GraphError",
     "InfeasibleError",
     "Link",
+    "ManualLayerOption",
     "ManualParallel",
+    "ManualStageOption",
     "MethodError",
     "ParallelFunction",
+    "PipelineExecutable",
+    "PipeshardParallel",
     "Plan",
     "PlanError",
     "ProgramError",
     "ShardParallel",
     "SolverError",
     "TraceError",
+    "UniformStageOption",
     "Zero2Parallel",
     "Zero3Parallel",
     "create_state",
+    "grad",
     "init",
+    "mark_pipeline_boundary",
     "parallelize",
     "shutdown",
+    "value_and_grad",
 ]

@@ -8,20 +8,35 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError, MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
+from alpa_like.passes.layers import BOUNDARY
 from alpa_like.passes.lower import lower
+from alpa_like.passes.lower_pipeline import lower_pipeline
+from alpa_like.passes.pipeline_planner import make_pipeline_plan
 from alpa_like.passes.planner import make_plan
-from alpa_like.placement import state_shardings
+from alpa_like.pipeshard import PipeshardParallel
+from alpa_like.placement import pipeline_state_shardings, state_shardings
 from alpa_like.plan import Plan
 from alpa_like.runtime import session
 from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.pipeline import PipelineExecutable
 from alpa_like.runtime.session import EMULATED_DEVICES
 from alpa_like.tracer import Signature, Trace, bind, signature_of, trace
 
-__all__ = ["ParallelFunction", "create_state", "init", "parallelize", "shutdown"]
+__all__ = [
+    "ParallelFunction",
+    "create_state",
+    "grad",
+    "init",
+    "mark_pipeline_boundary",
+    "parallelize",
+    "shutdown",
+    "value_and_grad",
+]
 
 logger = logging.getLogger("alpa_like")
 
@@ -101,7 +116,8 @@ class ParallelFunction:
         where = cluster or session.current().described()
         traced = self._trace(signature, args)
         if (signature, where) not in self._plans:
-            self._plans[(signature, where)] = make_plan(traced, where, self.method)
+            make = make_pipeline_plan if isinstance(self.method, PipeshardParallel) else make_plan
+            self._plans[(signature, where)] = make(traced, where, self.method)  # pyright: ignore[reportArgumentType]
         self._last_plan = (self._plans[(signature, where)], traced)
         return self._last_plan[0]
 
@@ -123,7 +139,7 @@ class ParallelFunction:
             chosen.mesh_shape,
             f"{donated}, …" if donated else "nothing",
         )
-        executable = Executable(traced, chosen, lower(traced, chosen, here.devices))
+        executable = _executable(traced, chosen, here.devices)
         self._executables[signature] = executable
         self._last, self._last_plan = (self._split(args)[1], executable), (chosen, traced)
         return executable
@@ -140,6 +156,8 @@ class ParallelFunction:
                 f"{self.__name__} has no plan yet; call {self.__name__}.compile(jax.eval_shape(init_fn), batch) first"
             )
         plan, traced = self._last_plan
+        if plan.pipeline is not None:
+            return pipeline_state_shardings(traced, plan, session.current().devices, state)
         return state_shardings(traced, plan, session.current().devices, state)
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -177,6 +195,12 @@ class ParallelFunction:
         leaves = zip(self._traces[last].arguments, last.leaves, signature.leaves, strict=True)
         name, old, new = next((leaf.path, a, b) for leaf, a, b in leaves if a != b)
         return f"argument {name} changed from {old[1]}{list(old[0])} to {new[1]}{list(new[0])}"
+
+
+def _executable(traced: Trace, plan: Plan, devices: Sequence[Any]) -> Executable:
+    if plan.pipeline is None:
+        return Executable(traced, plan, lower(traced, plan, devices))
+    return PipelineExecutable(traced, plan, lower_pipeline(traced, plan, devices), devices)
 
 
 @overload
@@ -258,3 +282,21 @@ def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction
     shapes = jax.eval_shape(init_fn, *args)
     shardings = like.state_shardings(shapes)
     return jax.jit(init_fn, out_shardings=shardings)(*args)
+
+
+def grad(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`jax.grad`, under the name that Alpa's users know. A plain `jax.grad` does as well: no mark is needed."""
+    return jax.grad(fun, *args, **kwargs)
+
+
+def value_and_grad(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`jax.value_and_grad`, under the name that Alpa's users know."""
+    return jax.value_and_grad(fun, *args, **kwargs)
+
+
+def mark_pipeline_boundary(value: Any) -> Any:
+    """Mark where a layer ends, for `ManualLayerOption`: returns `value`, the activations that go to the next layer.
+
+    Call it in the forward pass: `x = alpa.mark_pipeline_boundary(x)`. Under other methods it does nothing.
+    """
+    return jax.tree.map(lambda x: checkpoint_name(x, BOUNDARY), value)

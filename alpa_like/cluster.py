@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -200,6 +200,19 @@ class Cluster:
     @property
     def num_devices(self) -> int:
         return self.hosts * self.devices_per_host
+
+    def part(self, hosts: int, devices_per_host: int) -> Cluster:
+        """Some hosts of this cluster, or some devices of one host, as a cluster of their own."""
+        if not (1 <= hosts <= self.hosts and 1 <= devices_per_host <= self.devices_per_host):
+            raise ClusterError(
+                f"cluster {self.name!r} has {self.hosts} hosts of {self.devices_per_host} devices, asked for {hosts} of "
+                f"{devices_per_host}"
+            )
+        if devices_per_host == self.devices_per_host:
+            return self if hosts == self.hosts else replace(self, hosts=hosts)
+        inside = self._inside(devices_per_host)
+        small = tuple((n, b) for n, b in self.small_groups if n < devices_per_host)
+        return replace(self, hosts=hosts, devices_per_host=devices_per_host, intra_host=inside, small_groups=small)
 
     def axis_link(self, mesh_shape: tuple[int, ...], axis: int) -> Link:
         """`group_link` for the groups along one mesh axis."""

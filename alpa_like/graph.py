@@ -18,7 +18,7 @@ from functools import cached_property
 
 from alpa_like.errors import GraphError
 
-__all__ = ["Op", "OpGraph", "Rule", "Tensor", "batch_dims", "dtype_bits", "identity_rule", "meets_batch"]
+__all__ = ["Op", "OpGraph", "Rule", "Tensor", "batch_dims", "dtype_bits", "identity_rule", "meets_batch", "skeleton"]
 
 _SPECIAL_BITS = {"i1": 8, "complex<f32>": 64, "complex<f64>": 128}
 
@@ -175,6 +175,16 @@ class OpGraph:
             return f"{left} = {op.name} {right} {op.rule}" + (f" x{op.count:g}" if op.count != 1 else "")
 
         return "\n".join(line(op) for op in self.ops)
+
+
+def skeleton(graph: OpGraph, first: int = 0, last: int | None = None) -> str:
+    """How many ops a piece has, and a hash of their names and shapes: enough to know it again."""
+    ops = graph.ops[first:last]
+    text = hashlib.sha256()
+    for op in ops:
+        kinds = [(graph.tensors[t].shape, graph.tensors[t].dtype) for t in (*op.operands, *op.results)]
+        text.update(f"{op.name}{kinds}".encode())
+    return f"{len(ops)}:{text.hexdigest()[:16]}"
 
 
 def batch_dims(graph: OpGraph, batch: frozenset[int]) -> dict[int, frozenset[int]]:

@@ -13,9 +13,11 @@ from jax.tree_util import tree_unflatten
 
 from alpa_like.errors import PlanError
 from alpa_like.plan import Placed, Plan, StagePlan, partition_spec
+from alpa_like.reshard import Transfer
+from alpa_like.runtime.instructions import Program, Ref, Route
 from alpa_like.tracer import Trace
 
-__all__ = ["Lowered", "check_count", "place", "state_shardings"]
+__all__ = ["Given", "Lowered", "LoweredPipeline", "Returned", "check_count", "place", "state_shardings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,40 @@ class Lowered:
     output_shardings: Any
 
 
-def check_count(plan: Plan, devices: Sequence[Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a buffer holds at the start: a flat argument, all of it or one micro-batch, or a micro-batch's number."""
+
+    argument: int
+    micro_batch: int
+    sharding: NamedSharding
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A flat result: buffers, to be joined along `dim` if there is one per micro-batch; a constant if there is none."""
+
+    buffers: tuple[tuple[int, Ref], ...]
+    dim: int = -1
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class LoweredPipeline:
+    """Everything that runs a step. `arguments` are the shardings of the flat arguments, None for those of the batch."""
+
+    programs: tuple[Program, ...]
+    pieces: dict[str, Any]
+    transfers: dict[Route, tuple[Transfer, Any]]
+    given: dict[tuple[int, Ref], Given]
+    returned: tuple[Returned, ...]
+    arguments: tuple[NamedSharding | None, ...]
+    results: tuple[NamedSharding | None, ...]
+    names: dict[int, str]
+
+
+def check_count(count: int, devices: Sequence[Any]) -> None:
     """Raise `PlanError` where a plan is for another number of devices."""
-    count = sum(stage.devices[1] for stage in plan.stages)
     if count != len(devices):
         raise PlanError(
             f"the plan is for {count} devices, but {len(devices)} are here; "
@@ -54,9 +87,28 @@ def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
 def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
     """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
     here = list(devices)
-    check_count(plan, here)
+    check_count(plan.stages[0].devices[1], here)
+    return matching(trace, place(trace, plan.stages[0], here)[1], state)
+
+
+def pipeline_state_shardings(trace: Trace, plan: Plan, devices: Sequence[Any], state: Any) -> Any:
+    """The same for a plan with a pipeline: each leaf on the mesh of its stage."""
+    check_count(max(stage.devices[0] + stage.devices[1] for stage in plan.stages), devices)
+    known: dict[str, NamedSharding] = {}
+    for stage in sorted(plan.stages, key=lambda s: not s.name.startswith("update")):
+        first, count = stage.devices
+        grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
+        mesh = Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
+        for placed in stage.inputs:
+            known.setdefault(placed.path, _sharding(mesh, placed))
+    anywhere = next(iter(known.values()))
+    flat = [known.get(leaf.path, NamedSharding(anywhere.mesh, partition_spec((), ()))) for leaf in trace.arguments]
+    return matching(trace, tree_unflatten(trace.in_tree, flat), state)
+
+
+def matching(trace: Trace, inputs: Sequence[Any], state: Any) -> Any:
+    """Of the shardings of all arguments, those of the argument that has the tree and shapes of `state`."""
     wanted = _shapes(state)
-    _, inputs, _ = place(trace, plan.stages[0], here)
     for shardings, abstract in zip(inputs, trace.abstract_arguments(), strict=True):
         if _shapes(abstract) == wanted:
             return shardings

@@ -19,10 +19,15 @@ from jax.sharding import PartitionSpec
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, PlanError
+from alpa_like.schedule import Schedule, make_schedule
+from alpa_like.simulate import Simulation, Times, simulate, write_trace
 
 __all__ = [
+    "Accumulator",
     "PartialSum",
     "Pin",
+    "Pipeline",
+    "PipelineStage",
     "Placed",
     "Plan",
     "Predicted",
@@ -33,7 +38,7 @@ __all__ = [
     "spec_text",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor: `((0,), (), (1, 2))`."""
@@ -78,6 +83,87 @@ class PartialSum:
 
 
 @dataclass(frozen=True, slots=True)
+class Accumulator:
+    """Result number `result` of a piece, added up over the micro-batches by `op` ("add", "max", …).
+
+    What is added up keeps partial sums over the mesh axes `axes`, one summand per device, and is split by `spec`
+    otherwise; `splits` as in `PartialSum`. Behind the last micro-batch it is reduced once, to `total`.
+    """
+
+    result: int
+    op: str
+    axes: tuple[int, ...]
+    spec: Spec
+    splits: tuple[tuple[int, tuple[int, ...]], ...]
+    total: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStage:
+    """Layers `first` to `last` (inclusive) on mesh number `mesh`; times are predicted for one micro-batch.
+
+    `in_flight` micro-batches are held at most, each `micro_bytes` per device; `remat` computes layers again in the
+    backward pass. A schedule that splits the backward pass reads `input_grad_s` and `weight_grad_s`.
+    """
+
+    first: int
+    last: int
+    mesh: int
+    remat: bool
+    in_flight: int
+    micro_bytes: float
+    forward_s: float
+    backward_s: float
+    input_grad_s: float
+    weight_grad_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How a step is cut into layers and stages, and the order in which micro-batches run.
+
+    `layer_ends` count the forward equations up to the end of each layer. `send_s` are seconds of one activation across
+    each stage boundary, `update_s` of the update per mesh, `memory_bytes` the predicted peak per device of each mesh.
+    `scan` says how a loop over `scan[0]` layers was cut: `scan[1]` are the lengths of its parts.
+    """
+
+    num_micro_batches: int
+    schedule: str
+    layer_ends: tuple[int, ...]
+    layer_flops: tuple[float, ...]
+    stages: tuple[PipelineStage, ...]
+    send_s: tuple[float, ...]
+    update_s: tuple[float, ...]
+    memory_bytes: tuple[float, ...]
+    batch_statistics: str = "error"
+    scan: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def num_meshes(self) -> int:
+        return max(s.mesh for s in self.stages) + 1
+
+    def ordered(self) -> Schedule:
+        """The schedule, task by task."""
+        meshes = self.num_meshes if self.num_meshes < len(self.stages) else None
+        return make_schedule(self.schedule, len(self.stages), self.num_micro_batches, meshes)
+
+    def times(self) -> Times:
+        """The predicted times, as the simulator takes them."""
+        return Times(
+            tuple(s.forward_s for s in self.stages),
+            tuple(s.backward_s for s in self.stages),
+            tuple(s.input_grad_s for s in self.stages),
+            tuple(s.weight_grad_s for s in self.stages),
+            self.send_s,
+            self.update_s,
+        )
+
+    def simulate(self) -> Simulation:
+        """One step by the predicted times."""
+        return simulate(self.ordered(), self.times())
+
+
+@dataclass(frozen=True, slots=True)
 class Predicted:
     """What the cost model says of one step. `traffic_bytes` are sent per device, by kind of collective."""
 
@@ -106,7 +192,10 @@ class SolverReport:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """What one mesh runs. `devices` are the first device of the cluster and how many follow row-major."""
+    """What one mesh runs, or in a pipeline one piece of it.
+
+    `devices` are the first device of the cluster and how many follow row-major. `program` is the digest of a piece.
+    """
 
     name: str
     mesh_shape: tuple[int, ...]
@@ -116,6 +205,8 @@ class StagePlan:
     outputs: tuple[Placed, ...]
     pins: tuple[Pin, ...]
     sums: tuple[PartialSum, ...] = ()
+    accumulators: tuple[Accumulator, ...] = ()
+    program: str = ""
 
     def verify(self) -> None:
         """Raise `PlanError` where a spec names an unknown axis, uses one twice, or does not divide its dim."""
@@ -138,6 +229,11 @@ class StagePlan:
             self._verify_spec(
                 (*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes)
             )
+        for a in self.accumulators:
+            if not 0 <= a.result < len(self.outputs):
+                raise PlanError(f"stage {self.name}: accumulator {a.result} is none of {len(self.outputs)} results")
+            self._verify_spec((*((x,) for x in a.axes), *a.spec), f"accumulator {a.result}", len(a.axes) + len(a.spec))
+            self._verify_spec(a.total, f"the total of accumulator {a.result}", len(a.spec))
         for pin in self.pins:
             for spec in pin.path:
                 self._verify_spec(spec, f"op {pin.op}, {'result' if pin.result else 'operand'} {pin.port}", len(spec))
@@ -170,6 +266,7 @@ class Plan:
     predicted: Predicted
     solver: SolverReport
     warnings: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None
     format: int = field(default=FORMAT, repr=False)
 
     def verify(self) -> Plan:
@@ -219,6 +316,12 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{path} is no complete plan file ({error}); save the plan again") from None
         return _from_json(data, str(path)).verify()
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the simulated step as a Chrome trace, which https://ui.perfetto.dev opens."""
+        if self.pipeline is None:
+            raise PlanError(f"the plan of {self.function} has no pipeline, so there is no schedule to draw")
+        write_trace(path, self.pipeline.simulate().events, process_name=f"{self.function} (simulated)")
 
     def diff(self, other: Plan) -> str:
         """What `other` decides differently, one line each; empty where both decide the same."""
@@ -361,6 +464,7 @@ def _to_json(plan: Plan) -> dict[str, Any]:
     for stage in data["stages"]:
         stage["pins"] = [[p["op"], p["port"], p["result"], p["path"]] for p in stage["pins"]]
         stage["sums"] = [[t["op"], t["axes"], t["spec"], t["splits"]] for t in stage["sums"]]
+        stage["accumulators"] = [list(a.values()) for a in stage["accumulators"]]
     return data
 
 
@@ -383,6 +487,7 @@ def _from_json(data: Any, where: str) -> Plan:
             predicted=Predicted(**data["predicted"]),
             solver=SolverReport(**solver, considered=considered),
             warnings=tuple(data["warnings"]),
+            pipeline=_pipeline(data["pipeline"]),
         )
     except AlpaError:
         raise
@@ -403,7 +508,22 @@ def _stage(data: dict[str, Any]) -> StagePlan:
         tuple(placed(p) for p in data["outputs"]),
         tuple(Pin(op, port, result, tuple(_spec(s) for s in path)) for op, port, result, path in data["pins"]),
         tuple(PartialSum(op, tuple(axes), _spec(spec), _splits(splits)) for op, axes, spec, splits in data["sums"]),
+        tuple(
+            Accumulator(result, op, tuple(axes), _spec(spec), _splits(splits), _spec(total))
+            for result, op, axes, spec, splits, total in data["accumulators"]
+        ),
+        data["program"],
     )
+
+
+def _pipeline(data: dict[str, Any] | None) -> Pipeline | None:
+    if data is None:
+        return None
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    fields["stages"] = tuple(PipelineStage(**s) for s in data["stages"])
+    if data["scan"] is not None:
+        fields["scan"] = (int(data["scan"][0]), tuple(int(n) for n in data["scan"][1]))
+    return Pipeline(**fields)
 
 
 def _splits(splits: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:

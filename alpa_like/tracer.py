@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -67,6 +67,19 @@ class Trace:
     stored: tuple[tuple[int, int], ...]
     donated: tuple[int, ...]
     batch: tuple[int, ...]
+    again: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+    def at_batch_size(self, size: int) -> Any:
+        """The closed jaxpr of the step for batch arguments whose dim 0 is `size`; calls the user's code again."""
+        if self.again is None:
+            raise TraceError(f"{self.name} was traced without its function and can't be traced for another batch size")
+        flat = [
+            jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, weak_type=a.weak_type)
+            if i in self.batch and a.shape
+            else a
+            for i, a in enumerate(self.avals)
+        ]
+        return self.again(*flat)
 
     def function(self) -> Callable[..., Any]:
         """The step as a function of its dynamic arguments, which runs the jaxpr and never the user's code again."""
@@ -191,12 +204,24 @@ def trace(
     donated, stored = state.donation(donate_argnums, dynamic, names)
     starts = _starts(in_tree)
     batch = [k for i in _positions(dynamic, batch_argnums) for k in range(starts[i], starts[i + 1])]
-    return Trace(_name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch))
+
+    def again(*leaves: Any) -> Any:
+        given = (a if _is_scalar(v) else b for (_, v), a, b in zip(flat, (v for _, v in flat), leaves, strict=True))
+        return jax.jit(call).trace(*given).jaxpr
+
+    return Trace(
+        _name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch), again
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether an argument is a Python scalar, which promotes differently from an array."""
+    return not hasattr(value, "shape")
 
 
 def _shape_only(value: Any) -> Any:
     """An argument without its placement, which the plan decides. Python scalars stay, as they promote differently."""
-    if not hasattr(value, "shape"):
+    if _is_scalar(value):
         return value
     return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=bool(getattr(value, "weak_type", False)))
 

@@ -111,15 +111,18 @@ def moe_task(config: MoEConfig, batch_size: int, optimizer: Optimizer | None = N
 
 def resnet_task(config: ResNetConfig, batch_size: int, optimizer: Optimizer | None = None, name: str = "conv") -> Task:
     """Classify images: batch {inputs float32 [B, N, N, in_channels], labels int32 [B]}."""
-    module = ResNet(config)
+    module, has_statistics = ResNet(config), config.norm == "batch"
 
     def loss(params: Any, state: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        if not has_statistics:
+            return cross_entropy(_forward(module, params, batch["inputs"], train=True), batch["labels"]), {}
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, changed = module.apply(variables, batch["inputs"], train=True, mutable=["batch_stats"])
         return cross_entropy(logits, batch["labels"]), dict(changed)
 
     shape = (batch_size, config.image_size, config.image_size, config.in_channels)
-    return _task(name, module, loss, labelled(shape, config.num_classes), optimizer, BatchNormState)
+    state_type = BatchNormState if has_statistics else TrainState
+    return _task(name, module, loss, labelled(shape, config.num_classes), optimizer, state_type)
 
 
 def small_tasks(optimizer: Optimizer | None = None) -> dict[str, Task]:

@@ -9,6 +9,7 @@ One tensor can exist in several *versions*, each in its own group, with a reshar
     light    an argument as element-wise ops read it, if it is part of the state or other ops read it too:
              parameters may be stored split and used whole, or stored whole and updated in parts (ZeRO)
     shared   as several heavy ops read it: one gather serves forward and backward
+             (in a graph of parts that are compiled apart, each part has its own: "shared 1", "light 1")
     out      as a result leaves; a state's result is stored as the state is
 
 A sum of partial sums is a partial sum. Where an `add` adds what contractions made (the two gradients of a tied
@@ -20,16 +21,20 @@ Dims of one element can't be split and are left out everywhere here.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from alpa_like.graph import Op, OpGraph
 
-__all__ = ["Copy", "Groups", "Member", "Port", "form_groups", "wide_dims"]
+__all__ = ["ACCUMULATE", "Copy", "Groups", "Member", "Port", "Segments", "form_groups", "wide_dims"]
 
 _SUMMED = ("stablehlo.dot_general", "stablehlo.scatter")
 """Ops whose partial sums can be held back; `passes.sums` knows how."""
+
+ACCUMULATE = "accumulate"
+"""The op that adds what one micro-batch makes to what the others have made; its result is the total."""
 
 _LINEAR = ("stablehlo.transpose", "stablehlo.reshape", "stablehlo.convert")
 
@@ -121,10 +126,29 @@ class Groups:
         return self.members[(tensor, "home")]
 
 
-def form_groups(graph: OpGraph, stored: Iterable[tuple[int, int]]) -> Groups:
+@dataclass(frozen=True)
+class Segments:
+    """Parts of a graph that are compiled apart, so that none reads what another has moved.
+
+    `starts` are the first ops of the parts, rising, the first 0; part p runs `counts[p]` times a step.
+    """
+
+    starts: tuple[int, ...] = (0,)
+    counts: tuple[float, ...] = (1.0,)
+
+    def of(self, op: int) -> int:
+        """The part that an op belongs to."""
+        return bisect.bisect_right(self.starts, op) - 1
+
+    def name(self, version: str, segment: int) -> str:
+        """What a version is called in a part: "shared", "shared 1", …"""
+        return f"{version} {segment}" if segment else version
+
+
+def form_groups(graph: OpGraph, stored: Iterable[tuple[int, int]], segments: Segments | None = None) -> Groups:
     """Group the tensors of a graph. `stored` pairs argument numbers with the results that take their place."""
     pairs = {result: argument for argument, result in stored}
-    builder = _Builder(graph, frozenset(graph.arguments[a] for a in pairs.values()))
+    builder = _Builder(graph, frozenset(graph.arguments[a] for a in pairs.values()), segments or Segments())
     for op in graph.ops:
         builder.join_op(op)
     for left, right in graph.aliases:
@@ -140,6 +164,7 @@ _Key = tuple[int, str]
 class _Builder:
     graph: OpGraph
     stored: frozenset[int]
+    segments: Segments
     parent: dict[_Key, tuple[_Key, tuple[int, ...]]] = field(default_factory=dict)
     nodes: list[int] = field(default_factory=list)
     copies: list[tuple[_Key, _Key, float]] = field(default_factory=list)
@@ -151,6 +176,7 @@ class _Builder:
         self.sums = frozenset(op.id for op in self.graph.ops if self._is_sum(op))
         self.arguments = set(self.graph.arguments)
         self.is_node |= self.sums | {op.id for op in self.graph.ops if self._turns_argument(op)}
+        self.is_node |= {op.id for op in self.graph.ops if op.name == ACCUMULATE and self._has_wide(op)}
         for tensor in self.graph.tensors:
             if self.wide[tensor.id]:
                 self._split(tensor.id)
@@ -163,37 +189,47 @@ class _Builder:
         return op.name == "stablehlo.transpose" and op.operands[0] in self.arguments and self._has_wide(op)
 
     def _is_sum(self, op: Op) -> bool:
-        """Whether an op adds two tensors that contractions made and nothing else reads."""
-        return op.name == "stablehlo.add" and self._has_wide(op) and all(self._held_back(t) for t in op.operands)
+        """Whether an op adds two tensors that contractions made and nothing else reads, or adds up such a tensor."""
+        if not self._has_wide(op) or op.name not in ("stablehlo.add", ACCUMULATE):
+            return False
+        made_by = (*_SUMMED, "stablehlo.reduce") if op.name == ACCUMULATE else _SUMMED
+        return all(self._held_back(t, made_by) for t in op.operands)
 
-    def _held_back(self, tensor: int) -> bool:
+    def _held_back(self, tensor: int, made_by: tuple[str, ...]) -> bool:
         maker = self.graph.tensors[tensor].op
         if maker < 0 or len(self.graph.uses[tensor]) != 1 or tensor in self.graph.results:
             return False
         op = self.graph.ops[maker]
         if op.name in _LINEAR and op.elementwise:
             before = self.graph.tensors[op.operands[0]].dtype
-            return widens(before, self.graph.tensors[tensor].dtype) and self._held_back(op.operands[0])
-        return (op.name in _SUMMED and bool(op.rule.reduction)) or self._is_sum(op)
+            return widens(before, self.graph.tensors[tensor].dtype) and self._held_back(op.operands[0], made_by)
+        return (op.name in made_by and bool(op.rule.reduction)) or (op.name != ACCUMULATE and self._is_sum(op))
 
     def _split(self, tensor: int) -> None:
         """Decide which versions of a tensor there are."""
         self._new((tensor, "home"))
-        readers = [self.graph.ops[op] for op, _ in self.graph.uses[tensor]]
-        light = [op for op in readers if op.id not in self.is_node]
-        if tensor in self.arguments and light and (tensor in self.stored or len(light) < len(readers)):
-            self._copy(tensor, "light")
-        heavy = {op.id for op in readers if op.id in self.is_node and op.name not in _LIGHT}
-        if len(heavy) > 1:
-            self._copy(tensor, "shared")
+        everyone: dict[int, list[Op]] = {}
+        for op, _ in self.graph.uses[tensor]:
+            everyone.setdefault(self.segments.of(op), []).append(self.graph.ops[op])
+        for segment, readers in everyone.items():
+            light = [op for op in readers if op.id not in self.is_node]
+            apart = tensor in self.stored or len(light) < len(readers) or len(everyone) > 1
+            if tensor in self.arguments and light and apart:
+                self._copy(tensor, "light", segment)
+            heavy = {op.id for op in readers if op.id in self.is_node and op.name not in _LIGHT}
+            if len(heavy) > 1:
+                self._copy(tensor, "shared", segment)
 
     def _new(self, key: _Key) -> None:
         self.parent[key] = (key, tuple(range(len(self.wide[key[0]]))))
 
-    def _copy(self, tensor: int, version: str) -> None:
-        self._new((tensor, version))
+    def _copy(self, tensor: int, version: str, segment: int) -> None:
+        key = (tensor, self.segments.name(version, segment))
+        self._new(key)
         maker = self.graph.tensors[tensor].op
-        self.copies.append(((tensor, "home"), (tensor, version), self.graph.ops[maker].count if maker >= 0 else 1.0))
+        here = maker >= 0 and self.segments.of(maker) == segment
+        count = self.graph.ops[maker].count if here else self.segments.counts[segment]
+        self.copies.append(((tensor, "home"), key, count))
 
     def version(self, op: Op, tensor: int) -> _Key:
         """Which version of an operand an op reads."""
@@ -202,7 +238,8 @@ class _Builder:
             name = "light"
         elif op.name not in _LIGHT:
             name = "shared"
-        return (tensor, name) if (tensor, name) in self.parent else (tensor, "home")
+        key = (tensor, self.segments.name(name, self.segments.of(op.id)))
+        return key if key in self.parent else (tensor, "home")
 
     def root(self, key: _Key) -> tuple[_Key, tuple[int, ...]]:
         """The group's first member, and for each wide dim of `key` the dim of that member."""
@@ -260,7 +297,9 @@ class _Builder:
         for number, tensor in enumerate(self.graph.results):
             if (tensor, "home") not in self.parent or (tensor, "out") in self.parent:
                 continue
-            self._copy(tensor, "out")
+            self._new((tensor, "out"))
+            maker = self.graph.tensors[tensor].op
+            self.copies.append(((tensor, "home"), (tensor, "out"), self.graph.ops[maker].count if maker >= 0 else 1.0))
             if number in stored:
                 self.join((tensor, "out"), (self.graph.arguments[stored[number]], "home"), None)
 

@@ -33,7 +33,7 @@ from alpa_like.cost import CostModel
 from alpa_like.errors import PlanError
 from alpa_like.graph import Op, OpGraph, Rule, batch_dims, dtype_bits
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage
-from alpa_like.passes.groups import Copy, Groups, Member, Port, wide_dims
+from alpa_like.passes.groups import ACCUMULATE, Copy, Groups, Member, Port, wide_dims
 from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
 from alpa_like.passes.liveness import Liveness
 
@@ -98,6 +98,10 @@ def spec_of(state: State, shape: tuple[int, ...]) -> Spec:
     return tuple(spec)
 
 
+Reshard = tuple[int, int, int, Costs]
+"""The op that a reshard is done for, the two nodes that it lies between, and its costs."""
+
+
 @dataclass
 class ShardingProblem:
     """The problem, and what its nodes and choices mean: first all groups, then all node ops."""
@@ -106,6 +110,7 @@ class ShardingProblem:
     groups: Groups
     choices: list[list[State]]
     compute: tuple[Costs, ...]
+    reshards: tuple[Reshard, ...] = ()
 
     def decode(self, choice: tuple[int, ...]) -> Decision:
         states = [c[x] for c, x in zip(self.choices, choice, strict=True)]
@@ -116,6 +121,11 @@ class ShardingProblem:
     def compute_s(self, choice: tuple[int, ...]) -> float:
         """The part of the objective that is not communication."""
         return sum(float(c[x]) for c, x in zip(self.compute, choice, strict=True))
+
+    def reshard_s(self, choice: tuple[int, ...]) -> list[tuple[int, float]]:
+        """Every reshard that takes time: the op that it is done for, and its seconds in a step."""
+        found = ((op, float(costs[choice[i], choice[j]])) for op, i, j, costs in self.reshards)
+        return [(op, seconds) for op, seconds in found if seconds]
 
 
 def build(groups: Groups, cost: CostModel, liveness: Liveness, restrictions: Restrictions) -> ShardingProblem:
@@ -137,6 +147,7 @@ class _Builder:
     spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
     cache: dict[object, Costs] = field(default_factory=dict)
     lists: dict[object, list[State]] = field(default_factory=dict)
+    reshards: list[Reshard] = field(default_factory=list[Reshard])
 
     def __post_init__(self) -> None:
         self.graph: OpGraph = self.groups.graph
@@ -151,8 +162,9 @@ class _Builder:
         pairs = self.pairs(domains, strategies)
         names = (*(f"group {g}" for g in range(len(domains))), *(f"op {op}" for op in self.groups.nodes))
         unary = (*group_costs, *op_costs)
-        problem = AssignmentProblem(unary, pairs, self.usages(domains), names=names)
-        return ShardingProblem(problem, self.groups, [*domains, *strategies], unary)
+        usages = (*self.usages(domains), *self.totals(strategies, len(domains)))
+        problem = AssignmentProblem(unary, pairs, usages, names=names)
+        return ShardingProblem(problem, self.groups, [*domains, *strategies], unary, tuple(self.reshards))
 
     # ------------------------------------------------------------------------------------------- choices
 
@@ -287,13 +299,23 @@ class _Builder:
         for port in self.groups.ports:
             costs = self.port_costs(port, domains[port.member.group], strategies[node[port.op] - len(domains)])
             found.setdefault((port.member.group, node[port.op]), []).append(costs)
+            self.reshards.append((port.op, port.member.group, node[port.op], costs))
         for copy in self.groups.copies:
             i, j = copy.source.group, copy.target.group
             costs = self.copy_costs(copy, domains[i], domains[j])
             if i == j:
                 raise PlanError(f"tensor {copy.source.tensor} is needed in two layouts by one group")
             found.setdefault((i, j) if i < j else (j, i), []).append(costs if i < j else self.transposed(costs))
+            self.reshards.append((self.reader(copy), i, j, costs))
         return {edge: self.total(parts) for edge, parts in found.items()}
+
+    def reader(self, copy: Copy) -> int:
+        """The first op that reads a copy; behind the last op for results."""
+        segment = copy.target.version.partition(" ")[2]
+        if copy.target.version == "out":
+            return len(self.graph.ops)
+        readers = [op for op, _ in self.graph.uses[copy.target.tensor]]
+        return next((op for op in readers if self.liveness.segments.of(op) == int(segment or 0)), readers[0])
 
     def transposed(self, costs: Costs) -> Costs:
         return self.cache.setdefault(("transpose", id(costs)), np.ascontiguousarray(costs.T))
@@ -313,14 +335,16 @@ class _Builder:
         space = self.tensor_space(port.member.tensor)
         key = (
             "port", op.rule, port.port, port.result, space.shape, space.bits, space.combined, id(domain),
-            port.member.dims, id(strategies), op.count,
+            port.member.dims, id(strategies), op.count, op.name == ACCUMULATE,
         )  # fmt: skip
         if key not in self.cache:
             mine = [space.index[_place(port.member, s)] for s in domain]
             shape = self.graph.tensors[port.member.tensor].shape
             needs = [space.index[port_state(op.rule, port, s, shape)] for s in strategies]
             table = space.seconds[np.ix_(needs, mine)].T if port.result else space.seconds[np.ix_(mine, needs)]
-            self.cache[key] = np.ascontiguousarray(table) * op.count
+            # The sum over micro-batches is reduced once, behind the last of them.
+            count = 1.0 if port.result and op.name == ACCUMULATE else op.count
+            self.cache[key] = np.ascontiguousarray(table) * count
         return self.cache[key]
 
     def copy_costs(self, copy: Copy, sources: list[State], targets: list[State]) -> Costs:
@@ -335,7 +359,8 @@ class _Builder:
             local = space.elements
             grows = local[columns][None, :] >= local[rows][:, None]
             table = space.seconds[np.ix_(rows, columns)] * copy.count
-            self.cache[key] = np.where(grows, table, np.inf) if copy.target.version == "shared" else table
+            shared = copy.target.version.startswith("shared")
+            self.cache[key] = np.where(grows, table, np.inf) if shared else table
         return self.cache[key]
 
     def usages(self, domains: list[list[State]]) -> tuple[Usage, ...]:
@@ -344,14 +369,35 @@ class _Builder:
         for (tensor, version), member in self.groups.members.items():
             interval = self.liveness.interval(tensor, version)
             if interval is not None:
-                bits = dtype_bits(self.graph.tensors[tensor].dtype)
+                bits = dtype_bits(self.graph.tensors[tensor].dtype) * self.liveness.copies.get(tensor, 1.0)
                 found.append(Usage(member.group, *interval, self.local_bytes(member.group, domains, bits)))
-                if version == "shared":
+                if version.startswith("shared"):
                     home = self.groups.home(tensor).group
                     found.append(Usage(home, *interval, self.local_bytes(home, domains, -bits)))
         return tuple(found)
 
-    def local_bytes(self, group: int, domains: list[list[State]], bits: int) -> Costs:
+    def totals(self, strategies: list[list[State]], first: int) -> list[Usage]:
+        """Memory of what is accumulated over micro-batches, for the whole step, at least in float32."""
+        found: list[Usage] = []
+        end = len(self.graph.ops) + 1
+        for i, (number, choices) in enumerate(zip(self.groups.nodes, strategies, strict=True)):
+            op = self.graph.ops[number]
+            if op.name == ACCUMULATE:
+                bits = max(32, dtype_bits(self.graph.tensors[op.results[0]].dtype))
+                found.append(Usage(first + i, 0, end, self.accumulated_bytes(op, choices, bits)))
+        return found
+
+    def accumulated_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
+        key = ("total", op.rule, id(strategies), bits)
+        if key not in self.cache:
+            local = [
+                math.prod(-(-n // k) for n, k in zip(op.rule.sizes, _factor_shards(op.rule, s, self.mesh), strict=True))
+                for s in strategies
+            ]
+            self.cache[key] = np.array(local, float) * bits / 8
+        return self.cache[key]
+
+    def local_bytes(self, group: int, domains: list[list[State]], bits: float) -> Costs:
         shape = self.groups.shapes[group]
         key = ("bytes", shape, id(domains[group]), bits)
         if key not in self.cache:

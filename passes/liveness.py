@@ -7,10 +7,12 @@ alive until it is read. Times are op numbers; the program is assumed to run in i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from alpa_like.graph import Op, OpGraph, batch_dims
+from alpa_like.passes.groups import ACCUMULATE, Segments
 
 __all__ = ["Liveness"]
 
@@ -27,11 +29,18 @@ _READERS = frozenset(("stablehlo.reduce",))
 
 @dataclass(frozen=True)
 class Liveness:
-    """`donated` pairs arguments with the results that take their memory; `batch` are arguments with dim 0 the batch."""
+    """`donated` pairs arguments with the results that take their memory; `batch` are arguments with dim 0 the batch.
+
+    `kept` are tensors that a part of the graph hands to another, compiled apart; `copies` says of which tensors several
+    exist at a time, one per micro-batch in flight.
+    """
 
     graph: OpGraph
     donated: frozenset[tuple[int, int]]
     batch: frozenset[int] = frozenset()
+    segments: Segments = Segments()
+    kept: frozenset[int] = frozenset()
+    copies: Mapping[int, float] = field(default_factory=dict[int, float])
 
     @cached_property
     def waiting(self) -> frozenset[int]:
@@ -40,7 +49,7 @@ class Liveness:
 
     @cached_property
     def stored(self) -> frozenset[int]:
-        return frozenset((*self.graph.arguments, *self.graph.results))
+        return frozenset((*self.graph.arguments, *self.graph.results)) | self.kept
 
     @cached_property
     def replaced(self) -> frozenset[int]:
@@ -53,10 +62,12 @@ class Liveness:
 
     def _materialized(self, tensor: int) -> bool:
         maker = self.graph.tensors[tensor].op
-        if maker < 0 or tensor in self.stored:
+        if maker < 0:
             return True
         op = self.graph.ops[maker]
-        if op.name in ("stablehlo.constant", "stablehlo.iota", "barrier"):
+        if tensor in self.stored and op.name != ACCUMULATE:
+            return True
+        if op.name in ("stablehlo.constant", "stablehlo.iota", "barrier", ACCUMULATE):
             return False  # a barrier's result is its operand
         if not _fusible(op):
             return True
@@ -81,7 +92,7 @@ class Liveness:
         end = len(self.graph.ops) + 1
         maker = self.graph.tensors[tensor].op
         if version != "home":
-            return self._shared_interval(tensor) if version == "shared" else None
+            return self._shared_interval(tensor, version) if version.startswith("shared") else None
         if maker < 0:
             return (0, end)
         if not self.materialized[tensor] or tensor in self.replaced:
@@ -92,9 +103,10 @@ class Liveness:
         in_place = last < len(self.graph.ops) and _fusible(self.graph.ops[last])
         return (maker, last + (0 if in_place else 1)) if last > maker else (maker, maker + 1)
 
-    def _shared_interval(self, tensor: int) -> tuple[int, int]:
-        """From the first to the last op that is no element-wise op and reads the tensor."""
-        everyone = [op for op, _ in self.graph.uses[tensor]]
+    def _shared_interval(self, tensor: int, version: str) -> tuple[int, int]:
+        """From the first to the last op of a part that is no element-wise op and reads the tensor."""
+        segment = int(version.partition(" ")[2] or 0)
+        everyone = [op for op, _ in self.graph.uses[tensor] if self.segments.of(op) == segment]
         readers = [op for op in everyone if not self.graph.ops[op].elementwise] or everyone
         return readers[0], readers[-1] + 1
 

@@ -21,18 +21,18 @@ from jax.extend.mlir.dialects import sdy
 
 from alpa_like import stablehlo
 from alpa_like.errors import PlanError
-from alpa_like.graph import OpGraph
-from alpa_like.passes.sums import hold_back
+from alpa_like.graph import OpGraph, skeleton
+from alpa_like.passes.sums import hold_back, hold_share
 from alpa_like.placement import Lowered, check_count, place
 from alpa_like.plan import Pin, Plan, Spec, StagePlan
 from alpa_like.tracer import Trace
 
-__all__ = ["enforce", "lower"]
+__all__ = ["enforce", "enforce_piece", "lower"]
 
 
 def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
     """Compile a plan of one stage for `devices`."""
-    check_count(plan, devices)
+    check_count(plan.stages[0].devices[1], devices)
     if trace.graph.digest != plan.program:
         raise PlanError(
             f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
@@ -59,6 +59,20 @@ def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
     reading = stablehlo.read(module)
     if reading.graph.digest != plan.program:
         raise PlanError(f"{plan.function} lowers to another program for these devices; plan it again on this platform")
+    _insert(module, reading, stage)
+
+
+def enforce_piece(module: Any, stage: StagePlan) -> None:
+    """The same for a piece of a pipeline, whose accumulators come behind the ops that were planned."""
+    stablehlo.annotate(module)
+    reading = stablehlo.read(module)
+    count = int(stage.program.partition(":")[0])
+    if skeleton(reading.graph, 0, count) != stage.program:
+        raise PlanError(f"{stage.name} lowers to another program for these devices; plan it again on this platform")
+    _insert(module, reading, stage)
+
+
+def _insert(module: Any, reading: stablehlo.Reading, stage: StagePlan) -> None:
     for pin in stage.pins:
         _check_pin(pin, reading.graph)
     with module.context, ir.Location.unknown():
@@ -71,7 +85,17 @@ def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:
                 writer.pin_operand(pin)
         for total in stage.sums:
             hold_back(reading, total, stage, writer.attribute)
+        for accumulator in stage.accumulators:
+            if accumulator.axes:
+                hold_share(reading, accumulator, stage, writer.attribute, _returned(module))
     stablehlo.strip(reading)
+
+
+def _returned(module: Any) -> Any:
+    """The op that returns from `main`."""
+    main = next(op for op in module.body.operations if op.operation.name == "func.func")
+    operations = main.regions[0].blocks[0].operations
+    return operations[len(operations) - 1].operation
 
 
 def _check_pin(pin: Pin, graph: OpGraph) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from alpa_like.cost import CostModel
 from alpa_like.graph import Op, dtype_bits
-from alpa_like.passes.groups import Groups, Port, wide_dims
+from alpa_like.passes.groups import ACCUMULATE, Groups, Port, Segments, wide_dims
 from alpa_like.passes.intra import Decision, port_state, spec_of
 from alpa_like.passes.layouts import PARTIAL, WHOLE, Move, State, TensorSpace
 from alpa_like.passes.liveness import Liveness
@@ -24,6 +24,7 @@ class PinWriter:
     cost: CostModel
     decision: Decision
     liveness: Liveness
+    segments: Segments = Segments()
     spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
     routes: dict[object, tuple[Move, ...]] = field(default_factory=dict)
 
@@ -77,7 +78,9 @@ class PinWriter:
     def reshards(self) -> Iterator[tuple[int, tuple[Move, ...], float]]:
         """Every reshard of the plan: tensor, moves, times a step."""
         for port in self.groups.ports:
-            yield port.member.tensor, self.port_moves(port), self.groups.graph.ops[port.op].count
+            op = self.groups.graph.ops[port.op]
+            once = port.result and op.name == ACCUMULATE
+            yield port.member.tensor, self.port_moves(port), 1.0 if once else op.count
         for copy in self.groups.copies:
             tensor = copy.source.tensor
             source, target = (self.decision.layouts[(tensor, m.version)] for m in (copy.source, copy.target))
@@ -145,12 +148,13 @@ class PinWriter:
         """Arguments that element-wise ops read in another layout than they are stored in."""
         for copy in self.groups.copies:
             tensor = copy.source.tensor
-            if copy.target.version != "light":
+            if not copy.target.version.startswith("light"):
                 continue
-            home, light = (self.decision.layouts[(tensor, v)] for v in ("home", "light"))
+            home, light = (self.decision.layouts[(tensor, m.version)] for m in (copy.source, copy.target))
             path = self.stops(tensor, self.moves(tensor, home, light), home)
             for op, port in self.groups.graph.uses[tensor]:
-                if op not in self.groups.node_set:
+                light_here = self.segments.name("light", self.segments.of(op)) == copy.target.version
+                if op not in self.groups.node_set and light_here:
                     yield Pin(op, port, False, path)
 
     def stops(self, tensor: int, moves: tuple[Move, ...], where: State) -> tuple[Spec, ...]:

@@ -23,10 +23,10 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 
 from alpa_like.errors import PlanError
 from alpa_like.graph import Rule
-from alpa_like.plan import PartialSum, Spec, StagePlan
+from alpa_like.plan import Accumulator, PartialSum, Spec, StagePlan
 from alpa_like.stablehlo import Reading
 
-__all__ = ["hold_back"]
+__all__ = ["hold_back", "hold_share"]
 
 
 def hold_back(reading: Reading, total: PartialSum, stage: StagePlan, attribute: Callable[[Spec], Any]) -> None:
@@ -37,6 +37,22 @@ def hold_back(reading: Reading, total: PartialSum, stage: StagePlan, attribute: 
         writer = _Expansion(reading, total, stage, attribute)
         value = _reduce(writer.merged(writer.add(add)), 1, result.type)
     result.replace_all_uses_with(value)
+
+
+def hold_share(
+    reading: Reading, share: Accumulator, stage: StagePlan, attribute: Callable[[Spec], Any], returned: Any
+) -> None:
+    """Add each device's own summand to the accumulator: replaces the pad that stands for them (`passes.lower_pipeline`)."""
+    pad = returned.operands[share.result].owner.operands[1].owner
+    if pad.name == "stablehlo.convert":
+        pad = pad.operands[0].owner
+    if pad.name != "stablehlo.pad":
+        raise PlanError(f"stage {stage.name} accumulates result {share.result} in another way than planned; plan it again")
+    value = pad.operands[0].owner.operands[0]
+    with ir.InsertionPoint.after(pad):
+        writer = _Expansion(reading, PartialSum(-1, share.axes, share.spec, share.splits), stage, attribute)
+        summands = writer.pinned(writer.expand(value), share.spec)
+    pad.results[0].replace_all_uses_with(summands)
 
 
 @dataclass
@@ -61,6 +77,8 @@ class _Expansion:
                 return self.dot(op, *self.by_op[op])
             case "stablehlo.scatter":
                 return self.scatter(op, *self.by_op[op])
+            case "stablehlo.reduce":
+                return self.reduce(op, *self.by_op[op])
             case "stablehlo.add":
                 return self.add(op)
             case "stablehlo.transpose":
@@ -141,6 +159,13 @@ class _Expansion:
         attributes = dict(_attributes(op))
         attributes["scatter_dimension_numbers"] = numbers
         return _create(op, [self.first_only(op.operands[0]), indices, updates], self.lifted(op), attributes)
+
+    def reduce(self, op: Any, op_id: int, factors: tuple[int, ...]) -> Any:
+        operand = self.split(op_id, 0, factors, self.reading.graph.ops[op_id].rule)
+        attributes = dict(_attributes(op))
+        dims = _shifted((int(d) for d in ir.DenseI64ArrayAttr(op.attributes["dimensions"])), len(factors))
+        attributes["dimensions"] = ir.DenseI64ArrayAttr.get(dims)
+        return _create(op, [operand, op.operands[1]], self.lifted(op), attributes)
 
     def lifted(self, op: Any) -> Any:
         kind = op.results[0].type

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import tree_leaves
 
 from alpa_like.errors import ProgramError, TraceError
@@ -32,11 +34,15 @@ class Executable:
     """A step compiled by a plan. Arguments are moved to where the plan wants them, if they are elsewhere."""
 
     def __init__(self, trace: Trace, plan: Plan, lowered: Lowered) -> None:
-        self.plan = plan
-        self._trace = trace
+        self._begin(trace, plan, lowered.mesh.devices.flat[0])
         self._lowered = lowered
         self._call = lowered.compiled
-        self._array = type(jax.device_put(0.0, lowered.mesh.devices.flat[0]))
+
+    def _begin(self, trace: Trace, plan: Plan, device: Any) -> None:
+        """What executables of one mesh and of several have in common."""
+        self.plan = plan
+        self._trace = trace
+        self._array = type(jax.device_put(0.0, device))
         self._scalars = tuple((i, a.weak_type) for i, a in enumerate(trace.avals) if not a.shape)
         self._donated = trace.donated_leaves
 
@@ -49,6 +55,11 @@ class Executable:
     def output_shardings(self) -> Any:
         """A pytree of `NamedSharding`s like the result."""
         return self._lowered.output_shardings
+
+    @property
+    def wanted(self) -> Sequence[Any]:
+        """The sharding of each flat argument, None for those that may lie anywhere."""
+        return tree_leaves(self._lowered.input_shardings)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -90,9 +101,10 @@ class Executable:
         """The arguments, moved to the plan's shardings."""
         self.check(args)
         given, tree = jax.tree.flatten(args)
-        wanted = tree_leaves(self._lowered.input_shardings)
-        elsewhere = [i for i, x in enumerate(given) if getattr(x, "sharding", None) != wanted[i]]
-        flat = list(given)
+        wanted = self.wanted
+        free = [w is None for w in wanted]
+        elsewhere = [i for i, x in enumerate(given) if not free[i] and getattr(x, "sharding", None) != wanted[i]]
+        flat = [x if not f or hasattr(x, "dtype") else np.asarray(x) for x, f in zip(given, free, strict=True)]
         moved = jax.device_put([given[i] for i in elsewhere], [wanted[i] for i in elsewhere])
         for i, value in zip(elsewhere, moved, strict=True):
             flat[i] = value

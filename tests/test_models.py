@@ -1,6 +1,7 @@
 """The models against computations written with loops in numpy, and the tasks against their contract."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ LLAMA = models.LlamaConfig(
     vocab_size=11, seq_len=8, d_model=24, num_heads=6, num_kv_heads=2, num_layers=2, ffn_dim=20, rope_theta=50.0
 )
 CONV = models.ResNetConfig(widths=(4, 6), blocks=2, num_classes=5, width_factor=2, image_size=6)
+CONV_LAYER, CONV_NONE = replace(CONV, norm="layer"), replace(CONV, norm="none")
 TIED = models.GPTConfig(vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=2, tied=True)
 MODELS = [
     pytest.param(models.MLP(MLP), jnp.zeros((1, 5)), id="mlp"),
@@ -38,6 +40,8 @@ MODELS = [
     pytest.param(models.MoE(MOE), TOKENS, id="moe"),
     pytest.param(models.Llama(LLAMA), TOKENS, id="llama"),
     pytest.param(models.ResNet(CONV), jnp.zeros((1, 6, 6, 3)), id="conv"),
+    pytest.param(models.ResNet(CONV_LAYER), jnp.zeros((1, 6, 6, 3)), id="conv_layer"),
+    pytest.param(models.ResNet(CONV_NONE), jnp.zeros((1, 6, 6, 3)), id="conv_none"),
 ]
 
 
@@ -200,21 +204,23 @@ def conv(p: Tree, x: Array, stride: int = 1) -> Array:
     return sum((x[:, i : i + span : stride, j : j + span : stride] @ kernel[i, j] for i, j in taps), np.zeros(()))
 
 
-def batch_norm_relu(p: Tree, stats: Tree, x: Array, train: bool) -> Array:
+def norm_relu(p: Tree | None, stats: Tree | None, x: Array, train: bool) -> Array:
+    if not p or not stats:
+        return np.maximum(layer_norm(p, x) if p else x, 0)
     mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
     return np.maximum((x - mean) / np.sqrt(var + 1e-5) * p["scale"] + p["bias"], 0)
 
 
 def conv_reference(variables: Tree, images: Array, train: bool) -> Array:
-    p, stats = variables["params"], variables["batch_stats"]
+    p, stats = variables["params"], variables.get("batch_stats", {})
     x = conv(p["stem"], images.astype(np.float64))
     for name in ("stage0_block0", "stage0_block1", "stage1_block0", "stage1_block1"):
-        block, stat, stride = p[name], stats[name], 2 if name == "stage1_block0" else 1
-        y = batch_norm_relu(block["bn1"], stat["bn1"], x, train)
+        block, stat, stride = p[name], stats.get(name, {}), 2 if name == "stage1_block0" else 1
+        y = norm_relu(block.get("bn1"), stat.get("bn1"), x, train)
         x = conv(block["shortcut"], y, stride) if "shortcut" in block else x
-        y = batch_norm_relu(block["bn2"], stat["bn2"], conv(block["conv1"], y, stride), train)
+        y = norm_relu(block.get("bn2"), stat.get("bn2"), conv(block["conv1"], y, stride), train)
         x = x + conv(block["conv2"], y)
-    return dense(p["head"], batch_norm_relu(p["bn_f"], stats["bn_f"], x, train).mean((1, 2)))
+    return dense(p["head"], norm_relu(p.get("bn_f"), stats.get("bn_f"), x, train).mean((1, 2)))
 
 
 def test_mlp_equals_numpy() -> None:
@@ -265,6 +271,15 @@ def test_conv_equals_numpy() -> None:
         tree["stage0_block0"]["bn1"]["mean"] for tree in (variables["batch_stats"], changed["batch_stats"])
     )
     assert_close(after, 0.9 * before + 0.1 * stem)
+
+
+@pytest.mark.parametrize("config", [CONV_LAYER, CONV_NONE], ids=["layer", "none"])
+def test_conv_without_batch_statistics_equals_numpy(config: models.ResNetConfig) -> None:
+    images = RNG.standard_normal((3, 6, 6, 3), np.float32)
+    variables = variables_of(models.ResNet(config), images)
+    assert set(variables) == {"params"}
+    logits = run(lambda v, x: models.ResNet(config).apply(v, x, train=True), variables, images)
+    assert_close(logits, conv_reference(variables, images, train=True))
 
 
 @pytest.mark.parametrize(("module", "example"), MODELS)
@@ -324,7 +339,10 @@ def test_bfloat16_keeps_float32_parameters() -> None:
     assert jax.eval_shape(task.step, state, task.abstract_batch())[1].dtype == np.float32
 
 
-TASKS = models.small_tasks() | {"llama": models.llama_task(LLAMA, 4, optax.sgd(0.1))}
+TASKS = models.small_tasks() | {
+    "llama": models.llama_task(LLAMA, 4, optax.sgd(0.1)),
+    "conv_layer": models.resnet_task(CONV_LAYER, 4, optax.sgd(0.1)),
+}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -369,6 +387,8 @@ def test_facts_gpt_has_the_measured_sizes(tied: bool, size: int) -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="needs an input"):
         models.MLPConfig((3,))
+    with pytest.raises(ValueError, match="batch, layer, none"):
+        models.ResNetConfig(norm="group")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="num_kv_heads 4"):
         models.LlamaConfig(11, 8, d_model=24, num_heads=6, num_kv_heads=4, num_layers=1, ffn_dim=8)
     with pytest.raises(ValueError, match="12 is not a multiple of num_heads 5"):

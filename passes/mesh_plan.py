@@ -1,0 +1,217 @@
+"""The sharding of everything that one mesh of a pipeline runs: builds its problem, solves it, reads times and memory.
+
+Contract
+    Input: a `Composite`, a `CostModel` of the mesh, how many micro-batches are in flight in each stage.
+    Output: `MeshSolution`. Raises: `InfeasibleError` where nothing fits the memory budget, with the bytes needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from jax.extend.core import Var
+
+from alpa_like.cost import CostModel
+from alpa_like.errors import InfeasibleError
+from alpa_like.graph import dtype_bits
+from alpa_like.passes.assignment import Solution
+from alpa_like.passes.batch_rules import Same, Split, Status
+from alpa_like.passes.compose import Composite
+from alpa_like.passes.groups import ACCUMULATE, Groups, form_groups
+from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spec, build
+from alpa_like.passes.liveness import Liveness
+from alpa_like.passes.pieces import StagePiece
+from alpa_like.passes.pins import PinWriter
+from alpa_like.passes.solve import least_memory, solve
+from alpa_like.plan import bytes_text
+
+__all__ = ["MeshProblem", "MeshSolution", "SolverOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class SolverOptions:
+    """How a sharding problem is solved; see `methods.Method`."""
+
+    solver: str = "auto"
+    time_limit_s: float = 600.0
+    gap: float = 1e-3
+
+
+@dataclass(frozen=True)
+class MeshProblem:
+    """What has to be decided for one mesh. `stored` pairs arguments with the results that take their place."""
+
+    composite: Composite
+    statuses: Mapping[Var, Status]
+    stored: tuple[tuple[Var, Var], ...]
+    donated: frozenset[Var]
+    results: tuple[Var, ...]
+
+    @cached_property
+    def replaced(self) -> dict[Var, tuple[int, int]]:
+        """State that comes back here: the argument, and the flat argument and result numbers."""
+        arguments = {v: i for i, v in enumerate(self.composite.arguments)}
+        results = {v: i for i, v in enumerate(v for v in self.results if v in self.composite.tensors)}
+        return {a: (arguments[a], results[r]) for a, r in self.stored if a in arguments and r in results}
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Flat argument and result numbers of what comes back."""
+        return tuple(self.replaced.values())
+
+    @cached_property
+    def groups(self) -> Groups:
+        return form_groups(self.composite.graph, self.pairs, self.composite.segments)
+
+    @cached_property
+    def held(self) -> dict[int, int]:
+        """Tensors that a forward piece leaves for later pieces of its micro-batch: tensor → stage."""
+        found: dict[int, int] = {}
+        for piece, (first, last) in zip(self.composite.pieces, self.composite.spans, strict=True):
+            if piece.kind != "forward":
+                continue
+            incoming = [self.composite.arguments[v] for v in piece.inputs if self.is_micro_argument(v)]
+            made = [t for op in self.composite.graph.ops[first:last] for t in op.results]
+            for tensor in (*incoming, *made):
+                if any(op >= last for op, _ in self.composite.graph.uses[tensor]):
+                    found[tensor] = piece.stage
+        accumulated = {self.composite.graph.ops[op].operands[0] for op in self.composite.accumulate.values()}
+        return {t: s for t, s in found.items() if t not in accumulated}
+
+    def is_micro_argument(self, var: Var) -> bool:
+        return var in self.composite.arguments and not isinstance(self.statuses.get(var, Same()), Same)
+
+    @cached_property
+    def kept(self) -> frozenset[int]:
+        """Tensors that one piece makes and another reads, or that leave the mesh."""
+        passed = {v for p in self.composite.pieces for v in p.outputs} & set(self.composite.tensors)
+        return frozenset(self.composite.tensors[v] for v in passed) | frozenset(self.composite.totals.values())
+
+    def liveness(self, in_flight: Mapping[int, int]) -> Liveness:
+        graph = self.composite.graph
+        batch = [self.composite.arguments[v] for v in self.composite.arguments if self.status_dim(v) == 0]
+        written = frozenset(pair for var, pair in self.replaced.items() if var in self.donated)
+        copies = {t: float(in_flight.get(s, 1)) for t, s in self.held.items()}
+        return Liveness(graph, written, frozenset(batch), self.composite.segments, self.kept, copies)
+
+    def status_dim(self, var: Var) -> int:
+        status = self.statuses.get(var)
+        return status.dim if isinstance(status, Split) else -1
+
+    def restrictions(self) -> Restrictions:
+        """Typed random keys stay whole: their data has a dim that their type does not show."""
+        keys = [v for v in (*self.composite.tensors, *self.composite.totals) if str(v.aval.dtype).startswith("key<")]
+        tensors: dict[tuple[int, str], Spec] = {}
+        for var in keys:
+            tensor = self.composite.tensors[var]
+            whole = ((),) * len(self.composite.graph.tensors[tensor].shape)
+            tensors[(tensor, "home")] = tensors[(tensor, "out")] = whole
+        return Restrictions(tensors)
+
+    def solve(
+        self, cost: CostModel, budget: float, in_flight: Mapping[int, int], options: SolverOptions
+    ) -> MeshSolution:
+        """The best sharding on the mesh of `cost`; `InfeasibleError` where it needs more than `budget` bytes."""
+        liveness = self.liveness(in_flight)
+        problem = build(self.groups, cost, liveness, self.restrictions())
+        limited = replace(problem.problem, limit=budget)
+        try:
+            solution = solve(limited, solver=options.solver, time_limit_s=options.time_limit_s, gap=options.gap)
+        except InfeasibleError:
+            least = least_memory(problem.problem)
+            raise InfeasibleError(
+                f"at least {bytes_text(least)} per device are needed, {bytes_text(budget)} are there"
+            ) from None
+        return MeshSolution(self, cost, liveness, replace(problem, problem=limited), solution)
+
+
+@dataclass(frozen=True)
+class MeshSolution:
+    """A solved mesh, and what it says about times, memory and layouts."""
+
+    mesh: MeshProblem
+    cost: CostModel
+    liveness: Liveness
+    problem: ShardingProblem
+    solution: Solution
+
+    @cached_property
+    def decision(self) -> Decision:
+        return self.problem.decode(self.solution.choice)
+
+    @cached_property
+    def writer(self) -> PinWriter:
+        return PinWriter(
+            self.problem.groups, self.cost, self.decision, self.liveness, self.mesh.composite.segments
+        )
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of one run of each piece, by name."""
+        found: dict[str, float] = {}
+        for piece, total in zip(self.mesh.composite.pieces, self._by_piece(self._op_seconds()), strict=True):
+            found[piece.name] = total / self._runs(piece)
+        return found
+
+    def _runs(self, piece: StagePiece) -> float:
+        return max(self.mesh.composite.segments.counts) if piece.is_micro else 1.0
+
+    def _by_piece(self, seconds: Sequence[float]) -> list[float]:
+        """Sums over the ops of each piece. Adding a micro-batch's gradient counts to the backward piece that makes it."""
+        ops = self.mesh.composite.graph.ops
+        made = {t: i for i, op in enumerate(ops) for t in op.results}
+        totals = [0.0] * len(self.mesh.composite.pieces)
+        for number, value in enumerate(seconds):
+            place = number
+            if number < len(ops) and ops[number].name == ACCUMULATE:
+                place = made.get(ops[number].operands[0], 0)
+            totals[self._piece_of(place)] += value
+        return totals
+
+    def _piece_of(self, op: int) -> int:
+        spans = self.mesh.composite.spans
+        return next((i for i, (first, last) in enumerate(spans) if first <= op < last), len(spans) - 1)
+
+    def _op_seconds(self) -> list[float]:
+        """Seconds of a step by op; those of a group go to the ops that make its members. The last entry is the rest."""
+        graph = self.mesh.composite.graph
+        found = [0.0] * (len(graph.ops) + 1)
+        first = len(self.problem.groups.shapes)
+        for i, op in enumerate(self.problem.groups.nodes):
+            found[op] += float(self.problem.compute[first + i][self.solution.choice[first + i]])
+        for group, members in enumerate(self.problem.groups.by_group):
+            self._share_group(group, [m.tensor for m in members if m.version == "home"], found)
+        for op, seconds in self.problem.reshard_s(self.solution.choice):
+            found[min(op, len(graph.ops))] += seconds
+        return found
+
+    def _share_group(self, group: int, tensors: list[int], found: list[float]) -> None:
+        graph = self.mesh.composite.graph
+        total = float(self.problem.compute[group][self.solution.choice[group]])
+        weights = [graph.tensors[t].bytes * self.liveness.passes(t) for t in tensors]
+        for tensor, weight in zip(tensors, weights, strict=True):
+            if weight and sum(weights):
+                maker = graph.tensors[tensor].op
+                place = maker if maker >= 0 else graph.uses[tensor][0][0]
+                found[place] += total * weight / sum(weights)
+
+    @cached_property
+    def in_flight_bytes(self) -> dict[int, float]:
+        """Bytes per device that one micro-batch in flight takes, by stage."""
+        found: dict[int, float] = {}
+        for tensor, stage in self.mesh.held.items():
+            found[stage] = found.get(stage, 0.0) + self.local_bytes(tensor)
+        return found
+
+    def local_bytes(self, tensor: int) -> float:
+        t = self.mesh.composite.graph.tensors[tensor]
+        parts = [math.prod(self.cost.mesh_shape[a] for a in axes) for axes in self.writer.spec(tensor, "home")]
+        return math.prod(-(-n // k) for n, k in zip(t.shape, parts, strict=True)) * dtype_bits(t.dtype) / 8
+
+    @cached_property
+    def memory_bytes(self) -> float:
+        """Peak per device, with the micro-batches in flight that it was solved for."""
+        return float(self.problem.problem.memory(self.solution.choice)[0])

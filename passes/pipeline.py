@@ -1,0 +1,414 @@
+"""A cut of the model into stages → the `Plan` of a pipeline: pieces, shardings, schedule, predicted times and memory.
+
+Contract
+    Input: `Layers`, a `Cluster`, the stages with their devices and meshes. Output: a verified `Plan`.
+    Raises: `InfeasibleError` where a stage does not fit in memory: which, how many bytes, what would help.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jax.extend.core import Var
+
+from alpa_like.cluster import Cluster
+from alpa_like.cost import RingCost
+from alpa_like.errors import InfeasibleError
+from alpa_like.graph import skeleton
+from alpa_like.passes.compose import Composite, GraphReader, compose
+from alpa_like.passes.layers import Layers
+from alpa_like.passes.layouts import PARTIAL
+from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
+from alpa_like.passes.microbatch import MicroProgram
+from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
+from alpa_like.reshard import Layout, plan_transfer
+from alpa_like.pipeshard import PipeshardParallel
+from alpa_like.plan import (
+    Accumulator,
+    PartialSum,
+    Pin,
+    Pipeline,
+    PipelineStage,
+    Placed,
+    Plan,
+    Predicted,
+    SolverReport,
+    Spec,
+    StagePlan,
+)
+from alpa_like.schedule import Schedule, make_schedule
+from alpa_like.simulate import simulate
+from alpa_like.tracer import Trace
+
+__all__ = ["StageSpec", "PipelineWriter", "value_names"]
+
+EMULATED = "cpu"
+"""What JAX calls the devices that it emulates; their compiler has no reduce-scatter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage to plan: its layers, the first device and the (hosts, devices per host) that it has, its mesh or None.
+
+    Stages with the same devices share a mesh.
+    """
+
+    first: int
+    last: int
+    start: int
+    hosts: int
+    devices_per_host: int
+    mesh_shape: tuple[int, ...] | None = None
+    remat: bool = False
+
+    @property
+    def devices(self) -> tuple[int, int]:
+        return (self.start, self.hosts * self.devices_per_host)
+
+
+def meshes_of(specs: Sequence[StageSpec]) -> list[int]:
+    """The mesh number of every stage: one per set of devices, in the order of the stages."""
+    numbers: dict[tuple[int, int], int] = {}
+    return [numbers.setdefault(s.devices, len(numbers)) for s in specs]
+
+
+def value_names(trace: Trace, pieces: Pieces) -> dict[Var, str]:
+    """What values are called in plans: paths of arguments and results, else the piece that makes them and a number."""
+    program = pieces.layers.program
+    names: dict[Var, str] = {}
+    for piece in pieces.pieces:
+        names.update((v, f"{piece.name}[{i}]") for i, v in enumerate(piece.outputs))
+    for leaf, var in zip(trace.results, program.outputs, strict=True):
+        if isinstance(var, Var) and var not in program.inputs:
+            names[var] = leaf.path
+    for leaf, var in zip(trace.arguments, program.inputs, strict=True):
+        names[var] = leaf.path
+        names[program.whole_batch[var]] = f"{leaf.path} (whole batch)"
+    if program.index is not None:
+        names[program.index] = "micro-batch"
+    return names
+
+
+@dataclass
+class PipelineWriter:
+    """Plans given stages. Solved meshes are remembered, so that equal stages and repeated calls cost nothing."""
+
+    trace: Trace
+    cluster: Cluster
+    method: PipeshardParallel
+    reader: GraphReader = field(default_factory=GraphReader)
+    solved: dict[object, MeshSolution] = field(default_factory=dict[object, MeshSolution])
+
+    @property
+    def budget(self) -> float:
+        return self.method.memory_budget_bytes or float(self.cluster.device.memory_bytes)
+
+    @property
+    def options(self) -> SolverOptions:
+        return SolverOptions(self.method.solver, self.method.time_limit_s, self.method.gap)
+
+    def plan(self, layers: Layers, specs: Sequence[StageSpec], schedule: Schedule, ends: tuple[int, ...]) -> Plan:
+        """The plan of these stages under this schedule."""
+        meshes = meshes_of(specs)
+        ranges = [StageRange(s.first, s.last, m, s.remat) for s, m in zip(specs, meshes, strict=True)]
+        pieces = form_pieces(layers, ranges, split_backward=schedule.splits_backward)
+        solutions = self.solve(pieces, specs, schedule)
+        writer = _PlanWriter(self, pieces, tuple(specs), schedule, solutions)
+        return writer.plan(ends)
+
+    def solve(self, pieces: Pieces, specs: Sequence[StageSpec], schedule: Schedule) -> list[MeshSolution]:
+        """The sharding of every mesh."""
+        flying = {i: schedule.in_flight(i) for i in range(schedule.num_stages)}
+        found: list[MeshSolution] = []
+        for number in range(pieces.num_meshes):
+            spec = next(s for s, r in zip(specs, pieces.stages, strict=True) if r.mesh == number)
+            problem = mesh_problem(self.trace, pieces, number, self.reader)
+            try:
+                found.append(self.best(problem, spec, flying))
+            except InfeasibleError as error:
+                raise InfeasibleError(too_large(pieces, number, spec, schedule, str(error))) from None
+        return found
+
+    def best(self, problem: MeshProblem, spec: StageSpec, flying: Mapping[int, int]) -> MeshSolution:
+        """The fastest of the meshes that a stage may have."""
+        part = self.cluster.part(spec.hosts, spec.devices_per_host)
+        shapes = [spec.mesh_shape] if spec.mesh_shape else mesh_shapes(part)
+        found: list[MeshSolution] = []
+        failure: InfeasibleError | None = None
+        for shape in shapes:
+            try:
+                found.append(self.once(problem, part, shape, flying))
+            except InfeasibleError as error:
+                failure = error
+        if not found:
+            raise failure or InfeasibleError("no mesh is allowed")
+        return min(found, key=lambda s: s.solution.cost)
+
+    def once(
+        self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int]
+    ) -> MeshSolution:
+        mine = {s: flying[s] for s in sorted(set(problem.held.values()))}
+        key = (problem_key(problem), part, shape, tuple(mine.values()), self.budget)
+        known = self.solved.get(key)
+        if known is None:
+            cost = RingCost(part, shape, native_reduce_scatter=self.cluster.device.name != EMULATED)
+            known = self.solved[key] = problem.solve(cost, self.budget, mine, self.options)
+        if known.mesh is problem:
+            return known
+        return replace(known, mesh=problem)  # an equal mesh: the same decisions for its own variables
+
+
+def problem_key(problem: MeshProblem) -> object:
+    """Equal for problems that have the same answer."""
+    c = problem.composite
+    held = tuple(sorted((t, sorted(set(problem.held.values())).index(s)) for t, s in problem.held.items()))
+    return c.graph.digest, c.spans, c.segments, problem.pairs, held, len(problem.donated), tuple(sorted(problem.kept))
+
+
+def mesh_shapes(part: Cluster) -> list[tuple[int, ...]]:
+    """The meshes to try: all devices in a row, and every division into two axes."""
+    count = part.num_devices
+    return [(count,), *((n, count // n) for n in range(2, count) if count % n == 0)]
+
+
+def mesh_problem(trace: Trace, pieces: Pieces, mesh: int, reader: GraphReader) -> MeshProblem:
+    """What one mesh of a pipeline has to decide."""
+    mine = [p for p in pieces.pieces if p.mesh == mesh]
+    program = pieces.layers.program
+    results = tuple(dict.fromkeys(v for v in program.outputs if isinstance(v, Var) and v not in program.inputs))
+    graphs = [reader.graph(pieces, p) for p in mine]
+    made = [v for p in mine for v in p.outputs]
+    accumulated = {v: op for v, op in pieces.layers.accumulated.items() if v in set(made)}
+    once = [v for v in results if v in set(made) and (v in accumulated or not is_micro(pieces, v))]
+    composite = compose(mine, graphs, program.num_micro_batches, accumulated, once)
+    stored = tuple(
+        (program.inputs[a], program.outputs[r]) for a, r in trace.stored if isinstance(program.outputs[r], Var)
+    )
+    donated = frozenset(program.inputs[i] for i in trace.donated_leaves)
+    return MeshProblem(composite, program.statuses, stored, donated, tuple(once))
+
+
+def is_micro(pieces: Pieces, var: Var) -> bool:
+    """Whether a value exists once per micro-batch."""
+    maker = pieces.makers.get(var)
+    return maker is not None and maker.is_micro
+
+
+def too_large(pieces: Pieces, mesh: int, spec: StageSpec, schedule: Schedule, reason: str) -> str:
+    stages = [i for i, s in enumerate(pieces.stages) if s.mesh == mesh]
+    layers = ", ".join(f"{pieces.stages[i].first} to {pieces.stages[i].last}" for i in stages)
+    flying = max(schedule.in_flight(i) for i in stages)
+    remat = "" if spec.remat else 'rematerialization (AutoLayerOption(remat_mode="layer")), '
+    return (
+        f"stage {stages[0]} (layers {layers}) does not fit on its {spec.devices[1]} devices: {reason}, with {flying} "
+        f"micro-batches in flight. Use {remat}more micro-batches, more devices or stages, or a larger "
+        "memory_budget_bytes"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- writing the plan
+
+
+@dataclass
+class _PlanWriter:
+    owner: PipelineWriter
+    pieces: Pieces
+    specs: tuple[StageSpec, ...]
+    schedule: Schedule
+    solutions: list[MeshSolution]
+
+    def __post_init__(self) -> None:
+        self.names = value_names(self.owner.trace, self.pieces)
+        self.program: MicroProgram = self.pieces.layers.program
+
+    def plan(self, ends: tuple[int, ...]) -> Plan:
+        pipeline = self.pipeline(ends)
+        stages = tuple(self.stage(piece) for piece in self.pieces.pieces)
+        return Plan(
+            self.owner.trace.name,
+            program_digest(self.owner.trace),
+            self.owner.method.name,
+            self.owner.cluster,
+            stages,
+            self.predicted(pipeline),
+            self.report(),
+            pipeline=pipeline,
+        ).verify()
+
+    # ---------------------------------------------------------------------------------------------------- stages
+
+    def stage(self, piece: StagePiece) -> StagePlan:
+        solution = self.solutions[piece.mesh]
+        composite = solution.mesh.composite
+        index = composite.pieces.index(piece)
+        first, last = composite.spans[index]
+        shape = solution.cost.mesh_shape
+        return StagePlan(
+            piece.name,
+            shape,
+            self.owner.method.names(shape),
+            self.devices(piece.mesh),
+            tuple(self.placed(piece, v) for v in piece.inputs),
+            tuple(self.placed(piece, v) for v in piece.outputs),
+            tuple(replace(p, op=p.op - first) for p in self.pins(piece.mesh) if first <= p.op < last),
+            tuple(
+                replace(s, op=s.op - first, splits=_shifted(s, first)) for s in self.sums(piece.mesh)
+                if first <= s.op < last
+            ),  # fmt: skip
+            tuple(self.accumulators(piece, first)),
+            skeleton(composite.graph, first, last),
+        )
+
+    def pins(self, mesh: int) -> tuple[Pin, ...]:
+        return self._cached("pins", mesh, lambda: self.solutions[mesh].writer.pins())
+
+    def sums(self, mesh: int) -> tuple[PartialSum, ...]:
+        return self._cached("sums", mesh, lambda: self.solutions[mesh].writer.sums())
+
+    def _cached(self, what: str, mesh: int, make: Any) -> Any:
+        store: dict[tuple[str, int], Any] = self.__dict__.setdefault("_store", {})
+        if (what, mesh) not in store:
+            store[(what, mesh)] = make()
+        return store[(what, mesh)]
+
+    def devices(self, mesh: int) -> tuple[int, int]:
+        return next(s.devices for s, r in zip(self.specs, self.pieces.stages, strict=True) if r.mesh == mesh)
+
+    def placed(self, piece: StagePiece, var: Var) -> Placed:
+        aval: Any = var.aval
+        return Placed(self.names[var], tuple(aval.shape), str(aval.dtype), self.spec(piece, var))
+
+    def spec(self, piece: StagePiece, var: Var) -> Spec:
+        """How a piece has one of its inputs or outputs."""
+        solution = self.solutions[piece.mesh]
+        composite = solution.mesh.composite
+        total = not piece.is_micro and var in composite.totals
+        tensor = composite.totals[var] if total else composite.tensors[var]
+        leaves = tensor in composite.graph.results and (tensor, "out") in solution.decision.layouts
+        return solution.writer.spec(tensor, "out" if leaves else "home")[: len(var.aval.shape)]
+
+    def accumulators(self, piece: StagePiece, first: int) -> list[Accumulator]:
+        solution = self.solutions[piece.mesh]
+        composite = solution.mesh.composite
+        held = {s.op: s for s in self.sums(piece.mesh)}
+        found: list[Accumulator] = []
+        for number, var in enumerate(piece.outputs):
+            op = composite.accumulate.get(var)
+            if op is None:
+                continue
+            kind = self.pieces.layers.accumulated[var]
+            total = solution.writer.spec(composite.totals[var], self._total_version(solution, composite, var))
+            if op in held:
+                s = held[op]
+                found.append(Accumulator(number, kind, s.axes, s.spec, _shifted(s, first), total))
+            else:
+                found.append(Accumulator(number, kind, (), self._whole(solution, op), (), total))
+        return found
+
+    def _total_version(self, solution: MeshSolution, composite: Composite, var: Var) -> str:
+        tensor = composite.totals[var]
+        leaves = tensor in composite.graph.results and (tensor, "out") in solution.decision.layouts
+        return "out" if leaves else "home"
+
+    def _whole(self, solution: MeshSolution, op: int) -> Spec:
+        """The layout in which a micro-batch's share is added, without partial sums."""
+        graph = solution.mesh.composite.graph
+        rank = len(graph.tensors[graph.ops[op].results[0]].shape)
+        strategy = solution.decision.strategies.get(op)
+        if strategy is None:
+            return solution.writer.spec(graph.ops[op].results[0], "home")
+        return tuple(tuple(a for a, factor in enumerate(strategy) if factor == d and factor != PARTIAL) for d in range(rank))
+
+    # ------------------------------------------------------------------------------------------------- predictions
+
+    def pipeline(self, ends: tuple[int, ...]) -> Pipeline:
+        layers = self.pieces.layers
+        return Pipeline(
+            self.program.num_micro_batches,
+            self.schedule.name,
+            ends,
+            layers.flops,
+            tuple(self.stage_times(i) for i in range(len(self.pieces.stages))),
+            tuple(self.send_s(i) for i in range(len(self.pieces.stages) - 1)),
+            tuple(self.update_s(m) for m in range(self.pieces.num_meshes)),
+            tuple(s.memory_bytes for s in self.solutions),
+            self.owner.method.batch_statistics,
+        )
+
+    def stage_times(self, stage: int) -> PipelineStage:
+        r = self.pieces.stages[stage]
+        solution = self.solutions[r.mesh]
+        local = self.local_stage(solution, stage)
+        seconds = {p.kind: solution.seconds[p.name] for p in solution.mesh.composite.pieces if p.stage == local}
+        inputs, weights = seconds.get("input_grad", 0.0), seconds.get("weight_grad", 0.0)
+        backward = seconds.get("backward", inputs + weights)
+        return PipelineStage(
+            r.first, r.last, r.mesh, r.remat, self.schedule.in_flight(stage),
+            solution.in_flight_bytes.get(local, 0.0), seconds.get("forward", 0.0), backward, inputs, weights,
+        )  # fmt: skip
+
+    def local_stage(self, solution: MeshSolution, stage: int) -> int:
+        return stage if any(p.stage == stage for p in solution.mesh.composite.pieces) else -2
+
+    def update_s(self, mesh: int) -> float:
+        solution = self.solutions[mesh]
+        return sum(solution.seconds[p.name] for p in solution.mesh.composite.pieces if not p.is_micro)
+
+    def send_s(self, boundary: int) -> float:
+        """Seconds that the activations take from one stage to the next."""
+        source, target = self.pieces.stages[boundary], self.pieces.stages[boundary + 1]
+        if source.mesh == target.mesh:
+            return 0.0
+        sender = next(p for p in self.pieces.pieces if p.kind == "forward" and p.stage == boundary)
+        receiver = next(p for p in self.pieces.pieces if p.kind == "forward" and p.stage == boundary + 1)
+        crossing = [v for v in sender.outputs if v in set(receiver.inputs)]
+        return sum(self.transfer_s(sender, receiver, v) for v in crossing)
+
+    def transfer_s(self, sender: StagePiece, receiver: StagePiece, var: Var) -> float:
+        aval: Any = var.aval
+        layouts = (self.layout(p, var) for p in (sender, receiver))
+        size = max(1, getattr(aval.dtype, "itemsize", 8) or 8)
+        return plan_transfer(tuple(aval.shape), size, *layouts).seconds(self.owner.cluster)
+
+    def layout(self, piece: StagePiece, var: Var) -> Layout:
+        shape = self.solutions[piece.mesh].cost.mesh_shape
+        return Layout(shape, self.owner.method.names(shape), self.devices(piece.mesh), self.spec(piece, var))
+
+    def predicted(self, pipeline: Pipeline) -> Predicted:
+        simulation = simulate(self.schedule, pipeline.times())
+        slowest = max(self.solutions, key=lambda s: s.solution.cost)
+        compute = slowest.problem.compute_s(slowest.solution.choice)
+        traffic: dict[str, float] = {}
+        for solution in self.solutions:
+            for kind, nbytes in solution.writer.traffic().items():
+                traffic[kind] = max(traffic.get(kind, 0.0), nbytes)
+        makespan = simulation.makespan_s
+        return Predicted(makespan, compute, max(0.0, makespan - compute), traffic, max(pipeline.memory_bytes))
+
+    def report(self) -> SolverReport:
+        found = [s.solution for s in self.solutions]
+        return SolverReport(
+            "optimal" if all(s.status == "optimal" for s in found) else found[0].status,
+            max(s.gap for s in found),
+            sum(s.seconds for s in found),
+            sum(s.variables for s in found),
+            next((s.solver for s in found if s.variables), found[0].solver),
+        )
+
+
+def _shifted(total: PartialSum, first: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple((op - first, factors) for op, factors in total.splits)
+
+
+def program_digest(trace: Trace) -> str:
+    """Content hash of a traced step, without lowering it."""
+    return hashlib.sha256(str(trace.jaxpr).encode()).hexdigest()[:16]
+
+
+def schedule_of(name: str, specs: Sequence[StageSpec], num_micro_batches: int) -> Schedule:
+    """A schedule for stages, some of which may share their mesh."""
+    meshes = len({s.devices for s in specs})
+    return make_schedule(name, len(specs), num_micro_batches, meshes if meshes < len(specs) else None)

@@ -1,0 +1,274 @@
+"""`PipelineExecutable`: a compiled pipeline that takes and returns what the function did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves, tree_unflatten
+
+from alpa_like.errors import PlanError
+from alpa_like.placement import Given, LoweredPipeline, Returned, matching
+from alpa_like.plan import Plan
+from alpa_like.runtime import hlo
+from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.interpreter import Event, Interpreter
+from alpa_like.runtime.local import LocalTransport
+from alpa_like.simulate import Event as TraceEvent
+from alpa_like.simulate import write_trace
+from alpa_like.tracer import Trace
+
+__all__ = ["PipelineExecutable"]
+
+
+class PipelineExecutable(Executable):
+    """A step compiled as a pipeline. State leaves live on the mesh of their stage, as the step returns them."""
+
+    def __init__(self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any]) -> None:
+        self._begin(trace, plan, devices[0])
+        self._lowered_pipeline = lowered
+        transfers = {r: LocalTransport(t, devices, dtype) for r, (t, dtype) in lowered.transfers.items()}
+        self._interpreter = Interpreter(lowered.programs, lowered.pieces, transfers, lowered.names)
+        self._given = tuple(lowered.given[key] for key in self._interpreter.given)
+        self._feed = _Feed(trace, self._given)
+        places = {key: i for i, key in enumerate(self._interpreter.returned)}
+        self._collect = _Collect(lowered.returned, places)
+        self._wanted = lowered.arguments
+
+    @property
+    def input_shardings(self) -> tuple[Any, ...]:
+        """One pytree per dynamic argument: `NamedSharding`s of the state, None for the batch, which is cut up."""
+        return tree_unflatten(self._trace.in_tree, self._lowered_pipeline.arguments)
+
+    @property
+    def output_shardings(self) -> Any:
+        """A pytree of `NamedSharding`s like the result, None where the parts of micro-batches are joined."""
+        return tree_unflatten(self._trace.out_tree, self._lowered_pipeline.results)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        raise PlanError("a pipeline has a mesh per stage; see input_shardings for where each argument lives")
+
+    @property
+    def wanted(self) -> Sequence[Any]:
+        return self._wanted
+
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        """Whether all arguments are as compiled for, and the state where the stages want it."""
+        if not super().takes(args):
+            return False
+        leaves = tree_leaves(args)
+        placed = zip(leaves, self._wanted, self._trace.avals, strict=True)
+        return jax.tree.structure(args) == self._trace.in_tree and all(
+            getattr(x, "shape", None) == a.shape
+            and getattr(x, "dtype", None) == a.dtype
+            and (w is None or getattr(x, "sharding", None) == w)
+            for x, w, a in placed
+        )
+
+    def run(self, *args: Any) -> Any:
+        """The step on arguments that are placed; `ProgramError` where it fails."""
+        leaves = tree_leaves(args)
+        returned = self._interpreter(iter(self._feed(leaves)))
+        return tree_unflatten(self._trace.out_tree, self._collect(returned))
+
+    def trace(self, path: str | os.PathLike[str], *args: Any) -> Any:
+        """Run a step on `args` and write when each piece ran as a Chrome trace, which https://ui.perfetto.dev opens.
+
+        Returns what the step returns. Pieces are timed by waiting for them, so the step is a little slower.
+        """
+        result, events = self.timed(*args)
+        shown = [_shown(e) for e in events]
+        write_trace(path, shown, process_name=f"{self._trace.name} (measured)")
+        return result
+
+    def timed(self, *args: Any) -> tuple[Any, tuple[Event, ...]]:
+        """A step's result, and when each piece ran, in seconds since the step's start."""
+        placed = self.place(*args)
+        returned, events = self._interpreter.trace(self._feed(tree_leaves(placed)))
+        return tree_unflatten(self._trace.out_tree, self._collect(returned)), events
+
+    def state_shardings(self, state: Any) -> Any:
+        """The shardings of the argument that has the tree and shapes of `state`."""
+        return matching(self._trace, self.input_shardings, state)
+
+    @property
+    def programs(self) -> str:
+        """What each mesh does in a step, instruction by instruction."""
+        return "\n".join(str(p) for p in self._lowered_pipeline.programs)
+
+    def hlo_text(self) -> str:
+        """The optimized HLO of every piece, one after the other."""
+        return "\n\n".join(f"// {name}\n{piece.as_text()}" for name, piece in self._lowered_pipeline.pieces.items())
+
+    def traffic(self, *, reduce_scatter: bool = False) -> dict[str, int]:
+        """Bytes that a device of the busiest mesh sends in collectives of a step, by kind; transfers are "send"."""
+        runs = self._runs()
+        totals: dict[int, dict[str, int]] = {}
+        for name, piece in self._lowered_pipeline.pieces.items():
+            mesh, count = runs[name]
+            found = hlo.traffic_by_kind(hlo.read_collectives(piece.as_text()), reduce_scatter=reduce_scatter)
+            mine = totals.setdefault(mesh, {})
+            for kind, nbytes in found.items():
+                mine[kind] = mine.get(kind, 0) + nbytes * count
+        busiest = max(totals.values(), key=lambda t: sum(t.values()), default={})
+        return {**busiest, "send": self.crossing_bytes()}
+
+    def crossing_bytes(self) -> int:
+        """Bytes that cross between meshes in a step, over all links."""
+        counts: dict[Any, int] = {}
+        for program in self._lowered_pipeline.programs:
+            for instruction in program.instructions:
+                route = getattr(instruction, "transfer", None)
+                if route is not None and hasattr(instruction, "target"):
+                    counts[route] = counts.get(route, 0) + 1
+        return sum(self._lowered_pipeline.transfers[r][0].crossing_bytes * n for r, n in counts.items())
+
+    def memory_bytes(self) -> int:
+        """Peak memory of a step on one device of the fullest mesh: buffers in flight, and temporaries by XLA."""
+        return max(_peaks(self._lowered_pipeline).values())
+
+    def _runs(self) -> dict[str, tuple[int, int]]:
+        """The mesh of each piece and how often it runs."""
+        found: dict[str, tuple[int, int]] = {}
+        for program in self._lowered_pipeline.programs:
+            for instruction in program.instructions:
+                name = getattr(instruction, "piece", None)
+                if name is not None:
+                    found[name] = (program.mesh, found.get(name, (0, 0))[1] + 1)
+        return found
+
+    def __repr__(self) -> str:
+        pipeline = self.plan.pipeline
+        stages = len(pipeline.stages) if pipeline else 1
+        return f"PipelineExecutable({self._trace.name}, {stages} stages, {self.plan.method})"
+
+
+def _shown(event: Event) -> TraceEvent:
+    kind = event.label.split(" ")[0]
+    return TraceEvent(event.mesh, None, kind, event.label, event.start_s, event.end_s)
+
+
+class _Feed:
+    """From the flat arguments of a step to its first buffers."""
+
+    def __init__(self, trace: Trace, given: Sequence[Given]) -> None:
+        self._given = given
+        self._count = 1 + max((g.micro_batch for g in given), default=0)
+        self._cut: dict[int, Callable[[Any], Sequence[Any]]] = {}
+        self._numbers = {
+            i: jax.device_put(np.int32(g.micro_batch), g.sharding) for i, g in enumerate(given) if g.argument < 0
+        }
+        self._batch = sorted({g.argument for g in given if g.argument >= 0 and g.micro_batch >= 0})
+        self._moved = [i for i, g in enumerate(given) if g.argument in self._batch or self._is_whole(trace, g)]
+
+    def _is_whole(self, trace: Trace, given: Given) -> bool:
+        return given.argument in trace.batch
+
+    def __call__(self, leaves: Sequence[Any]) -> list[Any]:
+        parts = {i: self._parts(leaves[i]) for i in self._batch}
+        buffers: list[Any] = [None] * len(self._given)
+        for i, g in enumerate(self._given):
+            if g.argument < 0:
+                buffers[i] = self._numbers[i]
+            elif g.micro_batch >= 0:
+                buffers[i] = parts[g.argument][g.micro_batch]
+            else:
+                buffers[i] = leaves[g.argument]
+        moved = jax.device_put([buffers[i] for i in self._moved], [self._given[i].sharding for i in self._moved])
+        for i, value in zip(self._moved, moved, strict=True):
+            buffers[i] = value
+        return buffers
+
+    def _parts(self, value: Any) -> Sequence[Any]:
+        """The micro-batches of a batch argument: rows, in order."""
+        size = value.shape[0] // self._count
+        if isinstance(value, jax.Array):
+            return _cut(value, self._count)
+        return [value[m * size : (m + 1) * size] for m in range(self._count)]
+
+
+def _split_rows(value: jax.Array, count: int) -> list[jax.Array]:
+    return jnp.split(value, count)
+
+
+_cut = jax.jit(_split_rows, static_argnums=1)
+
+
+class _Collect:
+    """From the last buffers of a step to its flat results."""
+
+    def __init__(self, returned: Sequence[Returned], places: Mapping[tuple[int, Any], int]) -> None:
+        self._returned = [(tuple(places[b] for b in r.buffers), r.dim, r.constant) for r in returned]
+
+    def __call__(self, buffers: Sequence[Any]) -> Iterator[Any]:
+        for places, dim, constant in self._returned:
+            if not places:
+                yield jnp.asarray(constant)
+            elif len(places) == 1:
+                yield buffers[places[0]]
+            else:
+                yield _join([buffers[p] for p in places], dim)
+
+
+def _join_rows(parts: list[jax.Array], dim: int) -> jax.Array:
+    return jnp.concatenate(parts, dim)
+
+
+_join = jax.jit(_join_rows, static_argnums=1)
+
+
+def _peaks(lowered: LoweredPipeline) -> dict[int, int]:
+    """Bytes per device at the fullest moment of each mesh."""
+    sizes = _sizes(lowered)
+    peaks: dict[int, int] = {}
+    for program in lowered.programs:
+        held = {ref: sizes.get((program.mesh, ref.value), 0) for ref in program.given}
+        peak = sum(held.values())
+        for instruction in program.instructions:
+            extra = 0
+            match type(instruction).__name__:
+                case "Run":
+                    memory = lowered.pieces[instruction.piece].memory_analysis()
+                    extra = memory.temp_size_in_bytes
+                    donated = [instruction.inputs[i] for i in instruction.donated]
+                    made = {r: sizes.get((program.mesh, r.value), 0) for r in instruction.outputs}
+                    for ref in donated:
+                        held.pop(ref, None)
+                    held.update(made)
+                case "Recv":
+                    held[instruction.ref] = sizes.get((program.mesh, instruction.ref.value), 0)
+                case "Free":
+                    for ref in instruction.refs:
+                        held.pop(ref, None)
+                case _:
+                    pass
+            peak = max(peak, sum(held.values()) + extra)
+        peaks[program.mesh] = peak
+    return peaks
+
+
+def _sizes(lowered: LoweredPipeline) -> dict[tuple[int, int], int]:
+    """Bytes per device of each value on each mesh."""
+    found: dict[tuple[int, int], int] = {}
+    for program in lowered.programs:
+        for instruction in program.instructions:
+            piece = getattr(instruction, "piece", None)
+            if piece is None:
+                continue
+            compiled = lowered.pieces[piece]
+            both = zip(
+                (instruction.inputs, instruction.outputs),
+                (tree_leaves(compiled.in_avals), tree_leaves(compiled.out_info)),
+                (tree_leaves(compiled.input_shardings), tree_leaves(compiled.output_shardings)),
+                strict=True,
+            )
+            for refs, avals, shardings in both:
+                for ref, aval, sharding in zip(refs, avals, shardings, strict=True):
+                    shape = sharding.shard_shape(aval.shape)
+                    found[(program.mesh, ref.value)] = int(np.prod(shape)) * max(1, aval.dtype.itemsize)
+    return found
