@@ -10,20 +10,22 @@ from typing import Any, Literal, overload
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from alpa_like.chunked import ChunkedArray, Parts, bounds
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError, MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
+from alpa_like.passes.cut_scans import cut_trace
 from alpa_like.passes.layers import BOUNDARY
 from alpa_like.passes.lower import lower
 from alpa_like.passes.lower_pipeline import lower_pipeline
 from alpa_like.passes.pipeline_planner import make_pipeline_plan
 from alpa_like.passes.planner import make_plan
 from alpa_like.pipeshard import PipeshardParallel
-from alpa_like.placement import pipeline_state_shardings, state_shardings
+from alpa_like.placement import matching, pipeline_shardings, state_shardings
 from alpa_like.plan import Plan
 from alpa_like.runtime import session
 from alpa_like.runtime.executable import Executable
-from alpa_like.runtime.pipeline import PipelineExecutable
+from alpa_like.runtime.pipeline import Cutting, PipelineExecutable
 from alpa_like.runtime.session import EMULATED_DEVICES
 from alpa_like.tracer import Signature, Trace, bind, signature_of, trace
 
@@ -157,7 +159,9 @@ class ParallelFunction:
             )
         plan, traced = self._last_plan
         if plan.pipeline is not None:
-            return pipeline_state_shardings(traced, plan, session.current().devices, state)
+            cut, cutting = _cut(traced, plan)
+            flat = cutting.places(pipeline_shardings(cut, plan, session.current().devices), cutting.inputs)
+            return matching(traced, jax.tree.unflatten(traced.in_tree, flat), state)
         return state_shardings(traced, plan, session.current().devices, state)
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -200,7 +204,16 @@ class ParallelFunction:
 def _executable(traced: Trace, plan: Plan, devices: Sequence[Any]) -> Executable:
     if plan.pipeline is None:
         return Executable(traced, plan, lower(traced, plan, devices))
-    return PipelineExecutable(traced, plan, lower_pipeline(traced, plan, devices), devices)
+    cut, cutting = _cut(traced, plan)
+    return PipelineExecutable(traced, plan, lower_pipeline(cut, plan, devices), devices, cutting)
+
+
+def _cut(traced: Trace, plan: Plan) -> tuple[Trace, Cutting]:
+    """The step as a plan with a pipeline speaks of it: a loop over layers may be cut."""
+    if plan.pipeline is None or plan.pipeline.scan is None:
+        return traced, Cutting((None,) * len(traced.arguments), (None,) * len(traced.results))
+    cut = cut_trace(traced, *plan.pipeline.scan)
+    return cut.trace, Cutting(cut.inputs, cut.outputs)
 
 
 @overload
@@ -280,8 +293,37 @@ def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction
     if not isinstance(like, ParallelFunction | Executable):
         raise PlanError(f"like must be a parallelized function or an Executable, found {like!r}")
     shapes = jax.eval_shape(init_fn, *args)
-    shardings = like.state_shardings(shapes)
-    return jax.jit(init_fn, out_shardings=shardings)(*args)
+    return _born(init_fn, args, jax.tree.structure(shapes), like.state_shardings(shapes))
+
+
+def _born(init_fn: Callable[..., Any], args: tuple[Any, ...], tree: Any, shardings: Any) -> Any:
+    """The state, one computation per mesh: each makes the leaves, and the parts of leaves, that live there."""
+    flat = tree.flatten_up_to(shardings)
+    places = [leaf.shardings if isinstance(leaf, Parts) else (leaf,) for leaf in flat]
+    wanted = [(i, k, s) for i, parts in enumerate(places) for k, s in enumerate(parts)]
+    made: dict[tuple[int, int], Any] = {}
+    for mesh in dict.fromkeys(s.mesh for _, _, s in wanted):
+        mine = [(i, k, s) for i, k, s in wanted if s.mesh == mesh]
+
+        def leaves(*values: Any, mine: list[Any] = mine) -> list[Any]:
+            state = jax.tree.leaves(init_fn(*values))
+            return [_part(state[i], flat[i], k) for i, k, _ in mine]
+
+        values = jax.jit(leaves, out_shardings=[s for _, _, s in mine])(*args)
+        made.update(((i, k), v) for (i, k, _), v in zip(mine, values, strict=True))
+    joined = [
+        ChunkedArray([made[(i, k)] for k in range(len(leaf.lengths))]) if isinstance(leaf, Parts) else made[(i, 0)]
+        for i, leaf in enumerate(flat)
+    ]
+    return jax.tree.unflatten(tree, joined)
+
+
+def _part(value: jax.Array, place: Any, number: int) -> jax.Array:
+    """The rows of one part of a leaf, or the leaf."""
+    if not isinstance(place, Parts):
+        return value
+    first, last = bounds(place.lengths)[number]
+    return value[first:last]
 
 
 def grad(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:

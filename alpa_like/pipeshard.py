@@ -154,7 +154,9 @@ class PipeshardParallel(Method):
         if self.batch_statistics not in ("error", "micro_batch"):
             raise MethodError(f"batch_statistics must be 'error' or 'micro_batch', found {self.batch_statistics!r}")
         if not isinstance(self.layer_option, LayerOption):
-            raise MethodError(f"layer_option must be an AutoLayerOption or ManualLayerOption, found {self.layer_option!r}")
+            raise MethodError(
+                f"layer_option must be an AutoLayerOption or ManualLayerOption, found {self.layer_option!r}"
+            )
         if not isinstance(self.stage_option, StageOption):
             raise MethodError(
                 "stage_option must be an AutoStageOption, UniformStageOption or ManualStageOption, found "

@@ -17,7 +17,7 @@ from alpa_like.reshard import Transfer
 from alpa_like.runtime.instructions import Program, Ref, Route
 from alpa_like.tracer import Trace
 
-__all__ = ["Given", "Lowered", "LoweredPipeline", "Returned", "check_count", "place", "state_shardings"]
+__all__ = ["Given", "Lowered", "LoweredPipeline", "Returned", "check_count", "matching", "pipeline_shardings", "place", "state_shardings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any
     return matching(trace, place(trace, plan.stages[0], here)[1], state)
 
 
-def pipeline_state_shardings(trace: Trace, plan: Plan, devices: Sequence[Any], state: Any) -> Any:
-    """The same for a plan with a pipeline: each leaf on the mesh of its stage."""
+def pipeline_shardings(trace: Trace, plan: Plan, devices: Sequence[Any]) -> list[NamedSharding]:
+    """Where a plan with a pipeline places each flat argument: on the mesh of its stage."""
     check_count(max(stage.devices[0] + stage.devices[1] for stage in plan.stages), devices)
     known: dict[str, NamedSharding] = {}
     for stage in sorted(plan.stages, key=lambda s: not s.name.startswith("update")):
@@ -102,8 +102,8 @@ def pipeline_state_shardings(trace: Trace, plan: Plan, devices: Sequence[Any], s
         for placed in stage.inputs:
             known.setdefault(placed.path, _sharding(mesh, placed))
     anywhere = next(iter(known.values()))
-    flat = [known.get(leaf.path, NamedSharding(anywhere.mesh, partition_spec((), ()))) for leaf in trace.arguments]
-    return matching(trace, tree_unflatten(trace.in_tree, flat), state)
+    nowhere = NamedSharding(anywhere.mesh, partition_spec((), ()))
+    return [known.get(leaf.path, nowhere) for leaf in trace.arguments]
 
 
 def matching(trace: Trace, inputs: Sequence[Any], state: Any) -> Any:

@@ -162,6 +162,10 @@ class Pipeline:
         """One step by the predicted times."""
         return simulate(self.ordered(), self.times())
 
+    def bubble_fraction(self) -> float:
+        """The share of the time until the update that meshes wait."""
+        return simulate(self.ordered(), replace(self.times(), update_s=())).bubble_fraction
+
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
@@ -332,10 +336,11 @@ class Plan:
 
     def __repr__(self) -> str:
         step = _seconds(self.predicted.step_time_s)
-        return f"Plan({self.function}, {self.method}, mesh {self.mesh_shape}, {self.cluster.name}, step {step})"
+        how = f"mesh {self.mesh_shape}" if self.pipeline is None else f"{len(self.pipeline.stages)} stages"
+        return f"Plan({self.function}, {self.method}, {how}, {self.cluster.name}, step {step})"
 
     def _repr_html_(self) -> str:
-        rows = [row for stage in self.stages for row in _rows(stage)]
+        rows = [row for stage in _shown_stages(self) for row in _rows(stage)]
         table = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
         head = "<br>".join(html.escape(line) for line in _header(self))
         titles = "".join(f"<th>{t}</th>" for t in ("tensor", "count", "shape", "sharding", "per device"))
@@ -380,10 +385,13 @@ def _seconds(s: float) -> str:
 def _header(plan: Plan) -> list[str]:
     p, s = plan.predicted, plan.solver
     traffic = ", ".join(f"{k} {bytes_text(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
+    parts = f"compute {_seconds(p.compute_time_s)} + communication {_seconds(p.communication_time_s)}"
+    step = (
+        f"step {_seconds(p.step_time_s)} {'=' if plan.pipeline is None else 'with waiting; the busiest mesh:'} {parts}"
+    )
     lines = [
         f"Plan of {plan.function} by {plan.method} for {plan.cluster}",
-        f"step {_seconds(p.step_time_s)} = compute {_seconds(p.compute_time_s)} + "
-        f"communication {_seconds(p.communication_time_s)}, peak memory {bytes_text(p.peak_memory_bytes)} per device",
+        f"{step}, peak memory {bytes_text(p.peak_memory_bytes)} per device",
         f"traffic per device {bytes_text(p.total_traffic_bytes)} ({traffic})",
         f"solver {s.solver} {s.status}, gap {s.gap:.2g}, {s.variables} variables, {s.seconds:.2f} s",
     ]
@@ -394,9 +402,66 @@ def _header(plan: Plan) -> list[str]:
     return lines + [f"warning: {w}" for w in plan.warnings]
 
 
+def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
+    """The schedule in one line, and a table of the stages."""
+    flops = f"{len(pipeline.layer_ends)} layers, {len(pipeline.stages)} stages"
+    lines = [
+        f"pipeline {pipeline.schedule}, {pipeline.num_micro_batches} micro-batches, {flops}, bubble "
+        f"{100 * pipeline.bubble_fraction():.1f} %"
+    ]
+    rows = [("stage", "layers", "devices", "mesh", "forward", "backward", "in flight", "each", "memory", "remat")]
+    for number, stage in enumerate(pipeline.stages):
+        piece = next(s for s in plan.stages if s.name == f"forward {number}")
+        first, count = piece.devices
+        rows.append(
+            (
+                str(number),
+                f"{stage.first}-{stage.last}",
+                f"{first}-{first + count - 1}",
+                "x".join(map(str, piece.mesh_shape)),
+                _seconds(stage.forward_s),
+                _seconds(stage.backward_s),
+                str(stage.in_flight),
+                bytes_text(stage.micro_bytes),
+                bytes_text(pipeline.memory_bytes[stage.mesh]),
+                "yes" if stage.remat else "no",
+            )
+        )
+    widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
+    return lines + ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def _shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
+    """What is listed tensor by tensor: of a pipeline the arguments of each mesh, each once."""
+    if plan.pipeline is None:
+        return plan.stages
+    seen: set[str] = set()
+    found: list[StagePlan] = []
+    for mesh in range(plan.pipeline.num_meshes):
+        stages = [i for i, s in enumerate(plan.pipeline.stages) if s.mesh == mesh]
+        devices = next(s.devices for s in plan.stages if s.name == f"forward {stages[0]}")
+        pieces = [s for s in plan.stages if s.devices == devices]
+        homes = [s for s in pieces if s.name.startswith("update")] or pieces
+        arguments = [p for s in homes for p in s.inputs if _is_argument(p.path) and p.shape]
+        mine = tuple(p for p in {p.path: p for p in arguments}.values() if p.path not in seen)
+        seen.update(p.path for p in mine)
+        name = ", ".join(map(str, stages))
+        found.append(
+            replace(pieces[0], name=name, inputs=mine, outputs=(), pins=tuple(q for s in pieces for q in s.pins))
+        )
+    return tuple(found)
+
+
+def _is_argument(path: str) -> bool:
+    """Whether a value of a plan is an argument of the step, and not made by a piece of it."""
+    return not path.startswith(("result", "forward ", "backward ", "input_grad ", "weight_grad ", "update ", "prepare"))
+
+
 def _describe(plan: Plan) -> Iterator[str]:
     yield from _header(plan)
-    for stage in plan.stages:
+    if plan.pipeline is not None:
+        yield from _pipeline_lines(plan, plan.pipeline)
+    for stage in _shown_stages(plan):
         axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
         inside = f"{len(stage.pins)} layouts pinned inside"
         if stage.sums:
@@ -440,6 +505,7 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
             yield f"{name}: {getattr(left, name)} -> {getattr(right, name)}"
     if left.cluster != right.cluster:
         yield f"cluster: {left.cluster} -> {right.cluster}"
+    yield from _pipeline_differences(left.pipeline, right.pipeline)
     a, b = left.predicted.step_time_s, right.predicted.step_time_s
     if a != b:
         yield f"step time: {_seconds(a)} -> {_seconds(b)}"
@@ -452,6 +518,24 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
         changed = sum(len(set(getattr(a, name)) ^ set(getattr(b, name))) for a, b in stages)
         if changed:
             yield f"{what}: {changed} {name} differ"
+
+
+def _pipeline_differences(left: Pipeline | None, right: Pipeline | None) -> Iterator[str]:
+    if left is None or right is None:
+        if left is not right:
+            yield f"pipeline: {_stages_text(left)} -> {_stages_text(right)}"
+        return
+    for name in ("num_micro_batches", "schedule"):
+        if getattr(left, name) != getattr(right, name):
+            yield f"{name}: {getattr(left, name)} -> {getattr(right, name)}"
+    if _stages_text(left) != _stages_text(right):
+        yield f"stages: {_stages_text(left)} -> {_stages_text(right)}"
+
+
+def _stages_text(pipeline: Pipeline | None) -> str:
+    if pipeline is None:
+        return "none"
+    return " ".join(f"{s.first}-{s.last}{' remat' * s.remat}" for s in pipeline.stages)
 
 
 # ------------------------------------------------------------------------------------------------ JSON

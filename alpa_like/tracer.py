@@ -68,6 +68,7 @@ class Trace:
     donated: tuple[int, ...]
     batch: tuple[int, ...]
     again: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+    sizes: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
 
     def at_batch_size(self, size: int) -> Any:
         """The closed jaxpr of the step for batch arguments whose dim 0 is `size`; calls the user's code again."""
@@ -79,7 +80,9 @@ class Trace:
             else a
             for i, a in enumerate(self.avals)
         ]
-        return self.again(*flat)
+        if size not in self.sizes:
+            self.sizes[size] = self.again(*flat)
+        return self.sizes[size]
 
     def function(self) -> Callable[..., Any]:
         """The step as a function of its dynamic arguments, which runs the jaxpr and never the user's code again."""

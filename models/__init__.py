@@ -5,6 +5,17 @@ from alpa_like.models.gpt import GPT, GPTConfig
 from alpa_like.models.llama import Llama, LlamaConfig
 from alpa_like.models.mlp import MLP, MLPConfig
 from alpa_like.models.moe import MoE, MoEConfig
+from alpa_like.models.paper import (
+    GPT_SIZES,
+    MOE_SIZES,
+    WIDE_RESNET_SIZES,
+    paper_gpt,
+    paper_gpt_config,
+    paper_moe,
+    paper_moe_config,
+    paper_wide_resnet,
+    paper_wide_resnet_config,
+)
 from alpa_like.models.resnet import ResNet, ResNetConfig
 from alpa_like.models.tasks import (
     BatchNormState,
@@ -20,10 +31,14 @@ from alpa_like.models.tasks import (
     resnet_task,
     small_tasks,
 )
+from alpa_like.models.wide_resnet import WideResNet, WideResNetConfig, wide_resnet_task
 
 __all__ = [
     "GPT",
+    "GPT_SIZES",
     "MLP",
+    "MOE_SIZES",
+    "WIDE_RESNET_SIZES",
     "BatchNormState",
     "Bert",
     "BertConfig",
@@ -37,6 +52,8 @@ __all__ = [
     "ResNet",
     "ResNetConfig",
     "Task",
+    "WideResNet",
+    "WideResNetConfig",
     "bert_task",
     "cross_entropy",
     "facts_gpt",
@@ -44,6 +61,13 @@ __all__ = [
     "llama_task",
     "mlp_task",
     "moe_task",
+    "paper_gpt",
+    "paper_gpt_config",
+    "paper_moe",
+    "paper_moe_config",
+    "paper_wide_resnet",
+    "paper_wide_resnet_config",
     "resnet_task",
     "small_tasks",
+    "wide_resnet_task",
 ]

@@ -7,12 +7,13 @@ total is read once. Ops of pieces that run for every micro-batch count as often 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.extend.core import Var
+from jax.extend.core import JaxprEqn, Literal, Var
 
 from alpa_like import stablehlo
 from alpa_like.graph import Op, OpGraph, Tensor, identity_rule
@@ -28,17 +29,47 @@ class GraphReader:
 
     def __init__(self) -> None:
         self.known: dict[str, OpGraph] = {}
+        self.names: dict[int, tuple[StagePiece, str]] = {}
+
+    def fingerprint(self, pieces: Pieces, piece: StagePiece) -> str:
+        """Equal for pieces that compute the same."""
+        if id(piece) not in self.names:
+            constants = pieces.layers.program.constants
+            self.names[id(piece)] = (piece, fingerprint(piece.equations, piece.inputs, piece.outputs, constants))
+        return self.names[id(piece)][1]
 
     def graph(self, pieces: Pieces, piece: StagePiece) -> OpGraph:
-        closed = pieces.jaxpr(piece)
-        key = f"{closed.jaxpr}{[id(c) for c in closed.consts]}"
+        key = self.fingerprint(pieces, piece)
         if key not in self.known:
+            closed = pieces.jaxpr(piece)
             types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in piece.inputs]
             lowered = jax.jit(function_of(closed, "piece"), keep_unused=True).trace(*types).lower()
             module = lowered.compiler_ir("stablehlo")
             stablehlo.annotate(module)
             self.known[key] = stablehlo.read(module).graph
         return self.known[key]
+
+
+def fingerprint(
+    equations: Iterable[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Var], constants: Mapping[Var, Any]
+) -> str:
+    """A hash of what equations compute, with variables numbered in the order in which they appear."""
+    numbers: dict[Var, int] = {v: i for i, v in enumerate(inputs)}
+    text = hashlib.sha256()
+
+    def name(atom: Any) -> str:
+        if isinstance(atom, Literal):
+            return f"{atom.val}:{atom.aval}"
+        if atom in constants:
+            return f"constant {id(constants[atom])}"
+        return str(numbers.setdefault(atom, len(numbers)))
+
+    for eqn in equations:
+        operands = [name(v) for v in eqn.invars]
+        results = [f"{name(v)}:{v.aval}" for v in eqn.outvars]
+        text.update(f"{eqn.primitive.name}{operands}{results}{eqn.params}".encode())
+    text.update(f"{[name(v) for v in outputs]}{[str(v.aval) for v in inputs]}".encode())
+    return text.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -150,8 +181,3 @@ class _Composer:
         return Composite(
             graph, pieces, tuple(self.spans), segments, self.env, self.totals, self.accumulate, self.arguments
         )
-
-
-def abstract(values: Sequence[Var]) -> list[Any]:
-    """The variables as `jax.ShapeDtypeStruct`s."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values]

@@ -191,25 +191,24 @@ class _Work:
 
 def _minimize(tables: list[tuple[Costs, list[int]]], sizes: tuple[int, ...]) -> tuple[Costs, npt.NDArray[np.int16]]:
     """min and argmin over the last variable of the sum of tables; `sizes` are those of the other variables."""
-    last = len(sizes)
-    aligned = [_align(costs, axes, last) for costs, axes in tables]
-    choices = max(a.shape[-1] for a in aligned)
+    aligned = sorted((_align(costs, axes, len(sizes)) for costs, axes in tables), key=lambda a: a.size)
     best = np.full(sizes, np.inf)
     chosen = np.zeros(sizes, np.int16)
-    for v in range(choices):
-        total = np.zeros((1,) * last)
-        for a in aligned:
-            total = total + a[..., v]
+    total = np.empty(sizes)
+    for v in range(max(len(a) for a in aligned)):
+        parts = [a[v] for a in aligned]
+        small = sum(parts[:-1], np.zeros((1,) * len(sizes)))  # the smaller tables meet among themselves first
+        np.add(small, parts[-1], out=total)
         better = total < best
-        best = np.where(better, total, best)
-        chosen = np.where(better, np.int16(v), chosen)
+        np.copyto(best, total, where=better)
+        np.copyto(chosen, np.int16(v), where=better)
     return best, chosen
 
 
 def _align(costs: Costs, axes: list[int], last: int) -> Costs:
-    """View a table with one dim per variable 0 … last, of length 1 where it doesn't depend on it."""
-    order = np.argsort(axes)
+    """A table with one dim per variable, the last one first, of length 1 where it doesn't depend on it."""
+    order = sorted(range(len(axes)), key=lambda k: (axes[k] != last, axes[k]))
     shape = [1] * (last + 1)
     for k in order:
-        shape[axes[k]] = costs.shape[k]
+        shape[0 if axes[k] == last else axes[k] + 1] = costs.shape[k]
     return np.ascontiguousarray(costs.transpose(order)).reshape(shape)

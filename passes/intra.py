@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ from alpa_like.passes.groups import ACCUMULATE, Copy, Groups, Member, Port, wide
 from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
 from alpa_like.passes.liveness import Liveness
 
-__all__ = ["Decision", "Restrictions", "ShardingProblem", "Spec", "build"]
+__all__ = ["Decision", "Restrictions", "ShardingProblem", "Spaces", "Spec", "build"]
 
 Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor."""
@@ -111,6 +112,9 @@ class ShardingProblem:
     choices: list[list[State]]
     compute: tuple[Costs, ...]
     reshards: tuple[Reshard, ...] = ()
+    lasting: tuple[Usage, ...] = ()
+    """Memory of what is there all step, and of what is held per micro-batch in flight."""
+    spaces: Spaces = field(default_factory=dict[Any, Any])
 
     def decode(self, choice: tuple[int, ...]) -> Decision:
         states = [c[x] for c, x in zip(self.choices, choice, strict=True)]
@@ -128,8 +132,18 @@ class ShardingProblem:
         return [(op, seconds) for op, seconds in found if seconds]
 
 
-def build(groups: Groups, cost: CostModel, liveness: Liveness, restrictions: Restrictions) -> ShardingProblem:
-    return _Builder(groups, cost, liveness, restrictions).build()
+Spaces = dict[tuple[tuple[int, ...], int, bool], TensorSpace]
+"""Reshard tables by shape, bits and whether collectives travel together; problems with one cost model may share them."""
+
+
+def build(
+    groups: Groups,
+    cost: CostModel,
+    liveness: Liveness,
+    restrictions: Restrictions,
+    spaces: Spaces | None = None,
+) -> ShardingProblem:
+    return _Builder(groups, cost, liveness, restrictions, {} if spaces is None else spaces).build()
 
 
 def _place(member: Member, state: State) -> State:
@@ -144,10 +158,11 @@ class _Builder:
     cost: CostModel
     liveness: Liveness
     restrictions: Restrictions
-    spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
+    spaces: Spaces
     cache: dict[object, Costs] = field(default_factory=dict)
     lists: dict[object, list[State]] = field(default_factory=dict)
     reshards: list[Reshard] = field(default_factory=list[Reshard])
+    flying: set[int] = field(default_factory=set[int])
 
     def __post_init__(self) -> None:
         self.graph: OpGraph = self.groups.graph
@@ -164,7 +179,11 @@ class _Builder:
         unary = (*group_costs, *op_costs)
         usages = (*self.usages(domains), *self.totals(strategies, len(domains)))
         problem = AssignmentProblem(unary, pairs, usages, names=names)
-        return ShardingProblem(problem, self.groups, [*domains, *strategies], unary, tuple(self.reshards))
+        end = len(self.graph.ops) + 1
+        lasting = tuple(u for u in usages if (u.start == 0 and u.end >= end) or id(u) in self.flying)
+        return ShardingProblem(
+            problem, self.groups, [*domains, *strategies], unary, tuple(self.reshards), lasting, self.spaces
+        )
 
     # ------------------------------------------------------------------------------------------- choices
 
@@ -371,6 +390,8 @@ class _Builder:
             if interval is not None:
                 bits = dtype_bits(self.graph.tensors[tensor].dtype) * self.liveness.copies.get(tensor, 1.0)
                 found.append(Usage(member.group, *interval, self.local_bytes(member.group, domains, bits)))
+                if tensor in self.liveness.copies and version == "home":
+                    self.flying.add(id(found[-1]))
                 if version.startswith("shared"):
                     home = self.groups.home(tensor).group
                     found.append(Usage(home, *interval, self.local_bytes(home, domains, -bits)))

@@ -12,7 +12,8 @@ Sums of gradients of several layers (tied weights) are added in the update, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -83,7 +84,9 @@ class Layers:
         forward = self.forward[layer]
         made = {v for e in forward for v in e.outvars}
         entering = {v for e in forward for v in reads(e)} & backward
-        return cheap_again(forward, [v for e in forward for v in e.outvars if v in backward], anyway | (entering - made))
+        return cheap_again(
+            forward, [v for e in forward for v in e.outvars if v in backward], anyway | (entering - made)
+        )
 
     def crossing(self, layer: int) -> tuple[Var, ...]:
         """What the forward pass hands from the layers up to `layer` to those behind it."""
@@ -135,7 +138,14 @@ class _Former:
         derived = tuple(e for e in self.program.micro if self.kinds[id(e)] == "derived")
         owners = self.owners(after, accumulated)
         return Layers(
-            self.program, ends, tuple(map(tuple, cut)), tuple(map(tuple, backward)), derived, tuple(after), accumulated, owners
+            self.program,
+            ends,
+            tuple(map(tuple, cut)),
+            tuple(map(tuple, backward)),
+            derived,
+            tuple(after),
+            accumulated,
+            owners,
         )
 
     # -------------------------------------------------------------------------------------------------- kinds
@@ -296,7 +306,9 @@ class _Former:
     def accumulated(self, micro: list[JaxprEqn], after: list[JaxprEqn]) -> dict[Var, str]:
         """The shares that something reads when they are complete."""
         made = {v for e in micro for v in e.outvars}
-        wanted = dict.fromkeys([v for e in after for v in reads(e)] + [v for v in self.program.outputs if isinstance(v, Var)])
+        wanted = dict.fromkeys(
+            [v for e in after for v in reads(e)] + [v for v in self.program.outputs if isinstance(v, Var)]
+        )
         statuses = self.program.statuses
         return {v: s.op for v in wanted if v in made and isinstance(s := statuses[v], Reduced)}
 
@@ -320,7 +332,9 @@ class _Former:
             layers = {self.layer[var]} if var in self.layer else self.evidence.get(var)
             if layers and (var not in self.layer or root(var) not in known):
                 known[root(var)] = min(layers)
-        everyone = dict.fromkeys([*self.program.inputs, *accumulated, *(v for e in after for v in e.outvars), *list(parents)])
+        everyone = dict.fromkeys(
+            [*self.program.inputs, *accumulated, *(v for e in after for v in e.outvars), *list(parents)]
+        )
         return {v: known[root(v)] for v in everyone if root(v) in known}
 
 
@@ -336,3 +350,32 @@ def check_gradient(layers: Layers, schedule: str) -> None:
             f"the schedule {schedule!r} needs a backward pass, but the step computes no gradient; use "
             'PipeshardParallel(schedule="inference"), or take jax.grad inside the step'
         )
+
+
+def loops_by_layer(layers: Layers, lengths: Sequence[int]) -> list[int]:
+    """How many parts of the loop over layers each layer has; `lengths` are those of the parts."""
+    return [sum(_is_part(e, lengths) for e in eqns) for eqns in layers.forward]
+
+
+def ends_by_loop(program: MicroProgram, loops: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...] | None:
+    """Where layers end that have so many parts of the loop each: right behind the last of them.
+
+    A layer in front of all parts ends right before the first. None where a cut would leave a layer empty.
+    """
+    former = _Former(program)
+    former.classify()
+    forward = [e for e in program.micro if former.kinds[id(e)] == "forward"]
+    places = [i for i, e in enumerate(forward) if _is_part(e, lengths)]
+    if len(places) != sum(loops):
+        return None
+    ends: list[int] = []
+    done = 0
+    for count in loops[:-1]:
+        done += count
+        ends.append(places[done - 1] + 1 if done else places[0])
+    found = (*ends, len(forward))
+    return found if all(a < b for a, b in itertools.pairwise((0, *found))) else None
+
+
+def _is_part(eqn: JaxprEqn, lengths: Sequence[int]) -> bool:
+    return eqn.primitive.name == "scan" and eqn.params["length"] in lengths

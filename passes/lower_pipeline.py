@@ -34,9 +34,9 @@ from alpa_like.passes.microbatch import split_batch
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import program_digest, value_names
 from alpa_like.passes.programs import Piece, Port, Scope, write_programs
-from alpa_like.reshard import Layout, Transfer, plan_transfer
 from alpa_like.placement import Given, LoweredPipeline, Returned, check_count
 from alpa_like.plan import Accumulator, Pipeline, Placed, Plan, Spec, StagePlan, partition_spec
+from alpa_like.reshard import Layout, Transfer, plan_transfer
 from alpa_like.runtime.instructions import Program, Ref, Route, Run, Send, donations
 from alpa_like.tracer import Trace
 
@@ -57,7 +57,9 @@ def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredP
     pieces = rebuild(trace, plan.pipeline)
     names = [piece.name for piece in pieces.pieces]
     if names != [stage.name for stage in plan.stages]:
-        raise PlanError(f"the plan has pieces {[s.name for s in plan.stages]}, the program needs {names}; plan it again")
+        raise PlanError(
+            f"the plan has pieces {[s.name for s in plan.stages]}, the program needs {names}; plan it again"
+        )
     return _Lowerer(trace, plan, plan.pipeline, pieces, tuple(devices)).lower()
 
 
@@ -81,9 +83,7 @@ class _Lowerer:
     def __post_init__(self) -> None:
         self.program = self.pieces.layers.program
         self.plans = {stage.name: stage for stage in self.plan.stages}
-        self.batch = {
-            v for v in self.program.inputs if not isinstance(self.program.statuses.get(v, Same()), Same)
-        }
+        self.batch = {v for v in self.program.inputs if not isinstance(self.program.statuses.get(v, Same()), Same)}
         if self.program.index is not None:
             self.batch.add(self.program.index)
 
@@ -94,7 +94,11 @@ class _Lowerer:
         compiled = {
             **{p.name: self.compile(p, donated.get(p.name, ())) for p in self.pieces.pieces if p.name in ran},
             **{f"zeros {m}": self.zeros(m) for m in self.meshes if f"zeros {m}" in ran},
-            **{f"finish {m}": self.finish(m, donated.get(f"finish {m}", ())) for m in self.meshes if f"finish {m}" in ran},
+            **{
+                f"finish {m}": self.finish(m, donated.get(f"finish {m}", ()))
+                for m in self.meshes
+                if f"finish {m}" in ran
+            },
         }
         given = {(p.mesh, ref): self.given(p.mesh, ref) for p in programs for ref in p.given}
         held = {ref: p.mesh for p in programs for ref in p.returned}
@@ -126,7 +130,9 @@ class _Lowerer:
     def accumulators(self) -> dict[Var, tuple[StagePiece, Accumulator]]:
         """What is accumulated, by the piece that adds to it."""
         return {
-            piece.outputs[a.result]: (piece, a) for piece in self.pieces.pieces for a in self.plans[piece.name].accumulators
+            piece.outputs[a.result]: (piece, a)
+            for piece in self.pieces.pieces
+            for a in self.plans[piece.name].accumulators
         }
 
     def needs_finish(self, var: Var) -> bool:
@@ -144,7 +150,9 @@ class _Lowerer:
         after = [p for p in (self.finish_piece(m) for m in self.meshes) if p.outputs]
         after += [self.piece(p) for p in self.pieces.pieces if p.kind == "update"]
         homes = {self.number(v): m for v, m in self.pieces.homes.items() if v not in self.batch}
-        homes |= {self.number(v): p.mesh for p in self.pieces.pieces if p.kind == "before" for v in self.whole_inputs(p)}
+        homes |= {
+            self.number(v): p.mesh for p in self.pieces.pieces if p.kind == "before" for v in self.whole_inputs(p)
+        }
         batch = [self.number(v) for v in self.batch]
         returned = [(self.total_number(v), self.scope(v)) for v in self.program.outputs if isinstance(v, Var)]
         return write_programs(micro, before, after, schedule, homes, batch, returned)  # pyright: ignore
@@ -161,7 +169,7 @@ class _Lowerer:
         return self.number(("total", var)) if var in self.accumulators and self.needs_finish(var) else self.number(var)
 
     def scope(self, var: Var) -> Scope:
-        if var in self.accumulators or var in self.pieces.homes and var not in self.batch:
+        if var in self.accumulators or (var in self.pieces.homes and var not in self.batch):
             return "step"
         maker = self.pieces.makers.get(var)
         return "micro" if var in self.batch or (maker is not None and maker.is_micro) else "step"
@@ -204,9 +212,7 @@ class _Lowerer:
         return [v for v, (piece, _) in self.accumulators.items() if piece.mesh == mesh]
 
     def zeros_piece(self, mesh: int) -> Piece:
-        return Piece(
-            f"zeros {mesh}", mesh, (), tuple(Port(self.number(v), "accumulator") for v in self.mine(mesh))
-        )
+        return Piece(f"zeros {mesh}", mesh, (), tuple(Port(self.number(v), "accumulator") for v in self.mine(mesh)))
 
     def finish_piece(self, mesh: int) -> Piece:
         reduced = [v for v in self.mine(mesh) if self.needs_finish(v)]
@@ -241,11 +247,9 @@ class _Lowerer:
             outputs[a.result] = self.accumulator_sharding(stage, a)
             types.append(accumulator_type(piece.outputs[a.result], a, stage))
         fun.__name__ = piece.name.replace(" ", "_").replace(".", "_")
-        step = jax.jit(
-            fun, in_shardings=tuple(inputs), out_shardings=outputs, donate_argnums=donated, keep_unused=True
-        )
+        step = jax.jit(fun, in_shardings=tuple(inputs), out_shardings=outputs, donate_argnums=donated, keep_unused=True)
         lowered = step.trace(*types).lower()
-        if stage.devices[1] > 1:
+        if stage.devices[1] > 1 and (stage.pins or accumulators):
             enforce_piece(lowered.compiler_ir("stablehlo"), stage)
         return lowered.compile()
 
@@ -407,4 +411,3 @@ def lead(share: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     wide = lax.reshape(share, (*(1,) * len(sizes), *share.shape))
     config = [*((0, n - 1, 0) for n in sizes), *((0, 0, 0) for _ in share.shape)]
     return lax.pad(wide, jnp.zeros((), share.dtype), config)
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from jax.extend.core import Var
@@ -17,11 +17,11 @@ from jax.extend.core import Var
 from alpa_like.cost import CostModel
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import dtype_bits
-from alpa_like.passes.assignment import Solution
+from alpa_like.passes.assignment import Costs, Solution
 from alpa_like.passes.batch_rules import Same, Split, Status
 from alpa_like.passes.compose import Composite
 from alpa_like.passes.groups import ACCUMULATE, Groups, form_groups
-from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spec, build
+from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spaces, Spec, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pieces import StagePiece
 from alpa_like.passes.pins import PinWriter
@@ -49,6 +49,7 @@ class MeshProblem:
     stored: tuple[tuple[Var, Var], ...]
     donated: frozenset[Var]
     results: tuple[Var, ...]
+    batch: frozenset[Var] = frozenset()
 
     @cached_property
     def replaced(self) -> dict[Var, tuple[int, int]]:
@@ -68,10 +69,10 @@ class MeshProblem:
 
     @cached_property
     def held(self) -> dict[int, int]:
-        """Tensors that a forward piece leaves for later pieces of its micro-batch: tensor → stage."""
+        """Tensors that a piece leaves for later pieces of its micro-batch: tensor → stage."""
         found: dict[int, int] = {}
         for piece, (first, last) in zip(self.composite.pieces, self.composite.spans, strict=True):
-            if piece.kind != "forward":
+            if piece.kind not in ("forward", "input_grad"):
                 continue
             incoming = [self.composite.arguments[v] for v in piece.inputs if self.is_micro_argument(v)]
             made = [t for op in self.composite.graph.ops[first:last] for t in op.results]
@@ -80,6 +81,18 @@ class MeshProblem:
                     found[tensor] = piece.stage
         accumulated = {self.composite.graph.ops[op].operands[0] for op in self.composite.accumulate.values()}
         return {t: s for t, s in found.items() if t not in accumulated}
+
+    @cached_property
+    def entering(self) -> tuple[int, ...]:
+        """Tensors that forward pieces read from other meshes' pieces or hand from layer to layer."""
+        found: dict[int, None] = {}
+        made: set[Var] = set()
+        for piece in self.composite.pieces:
+            if piece.kind == "forward":
+                passed = [v for v in piece.inputs if v in made or (self.is_micro_argument(v) and v not in self.batch)]
+                found.update((self.composite.tensors[v], None) for v in passed)
+                made.update(piece.outputs)
+        return tuple(found)
 
     def is_micro_argument(self, var: Var) -> bool:
         return var in self.composite.arguments and not isinstance(self.statuses.get(var, Same()), Same)
@@ -127,6 +140,32 @@ class MeshProblem:
             ) from None
         return MeshSolution(self, cost, liveness, replace(problem, problem=limited), solution)
 
+    def price(
+        self,
+        cost: CostModel,
+        in_flight: Mapping[int, int],
+        options: SolverOptions,
+        price_s_per_byte: float,
+        spaces: Spaces | None = None,
+    ) -> MeshSolution:
+        """The best sharding where bytes that are held all step, or per micro-batch in flight, cost seconds."""
+        liveness = self.liveness(in_flight)
+        problem = build(self.groups, cost, liveness, self.restrictions(), spaces)
+        base = replace(problem.problem, usages=())
+        if price_s_per_byte:
+            unary = [c.copy() for c in base.unary]
+            for usage in problem.lasting:
+                unary[usage.node] += price_s_per_byte * usage.bytes
+            base = replace(base, unary=tuple(_interned(unary)))
+        solution = solve(base, solver=options.solver, time_limit_s=options.time_limit_s)
+        return MeshSolution(self, cost, liveness, problem, solution)
+
+
+def _interned(arrays: list[Costs]) -> list[Costs]:
+    """Equal arrays as one object: the solver recognises repeated parts by it."""
+    known: dict[bytes, Costs] = {}
+    return [known.setdefault(a.tobytes(), a) for a in arrays]
+
 
 @dataclass(frozen=True)
 class MeshSolution:
@@ -137,6 +176,7 @@ class MeshSolution:
     liveness: Liveness
     problem: ShardingProblem
     solution: Solution
+    flying: Mapping[int, int] = field(default_factory=dict[int, int])
 
     @cached_property
     def decision(self) -> Decision:
@@ -145,7 +185,12 @@ class MeshSolution:
     @cached_property
     def writer(self) -> PinWriter:
         return PinWriter(
-            self.problem.groups, self.cost, self.decision, self.liveness, self.mesh.composite.segments
+            self.problem.groups,
+            self.cost,
+            self.decision,
+            self.liveness,
+            self.mesh.composite.segments,
+            self.problem.spaces,
         )
 
     @cached_property
@@ -212,6 +257,28 @@ class MeshSolution:
         return math.prod(-(-n // k) for n, k in zip(t.shape, parts, strict=True)) * dtype_bits(t.dtype) / 8
 
     @cached_property
+    def fixed_bytes(self) -> float:
+        """Bytes per device that are held all step: the state, and what is accumulated."""
+        choice = self.solution.choice
+        lasting = sum(float(u.bytes[choice[u.node]]) for u in self.problem.lasting)
+        flying = sum(self.local_bytes(t) * self.liveness.copies.get(t, 1.0) for t in self.mesh.held)
+        return max(0.0, lasting - flying)
+
+    @cached_property
     def memory_bytes(self) -> float:
-        """Peak per device, with the micro-batches in flight that it was solved for."""
-        return float(self.problem.problem.memory(self.solution.choice)[0])
+        """Peak per device, with the micro-batches in flight that `flying` says, else those that it was solved for."""
+        solved = float(self.problem.problem.memory(self.solution.choice)[0])
+        held = {s: self.liveness.copies[t] for t, s in self.mesh.held.items() if t in self.liveness.copies}
+        more = (self.flying.get(s, n) - n for s, n in held.items())
+        return solved + sum(m * self.in_flight_bytes[s] for s, m in zip(held, more, strict=True))
+
+    @cached_property
+    def step_s(self) -> float:
+        """Seconds of all that the mesh does in a step, without waiting."""
+        micro = max(self.mesh.composite.segments.counts)
+        runs = {p.name: micro if p.is_micro else 1.0 for p in self.mesh.composite.pieces}
+        return sum(seconds * runs[name] for name, seconds in self.seconds.items())
+
+    def in_flight(self, flying: Mapping[int, int]) -> MeshSolution:
+        """The same with other numbers of micro-batches in flight, by stage."""
+        return replace(self, flying=dict(flying))

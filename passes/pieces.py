@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import Literal
 
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal as Constant, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+from jax.extend.core import Literal as Constant
 
-from alpa_like.passes.batch_rules import Split
 from alpa_like.passes.flat import reads, sub_jaxpr
 from alpa_like.passes.layers import Layers
 
@@ -70,6 +70,13 @@ class Pieces:
 
     def jaxpr(self, piece: StagePiece) -> ClosedJaxpr:
         return sub_jaxpr(piece.equations, piece.inputs, piece.outputs, self.layers.program.constants)
+
+    @cached_property
+    def results(self) -> tuple[Var, ...]:
+        """What the step returns, without arguments that it passes through."""
+        program = self.layers.program
+        given = set(program.inputs)
+        return tuple(dict.fromkeys(v for v in program.outputs if isinstance(v, Var) and v not in given))
 
     @cached_property
     def makers(self) -> dict[Var, StagePiece]:
@@ -216,7 +223,9 @@ class _Former:
             drafts.setdefault((level, mesh), []).extend(cone)
             own.update((v, (level, mesh)) for v in eqn.outvars)
         return [
-            StagePiece(f"update {mesh}.{level}", "update", -1, mesh, tuple(sorted(_unique(eqns), key=lambda e: order[id(e)])))
+            StagePiece(
+                f"update {mesh}.{level}", "update", -1, mesh, tuple(sorted(_unique(eqns), key=lambda e: order[id(e)]))
+            )
             for (level, mesh), eqns in sorted(drafts.items())
         ]
 

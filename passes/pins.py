@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from alpa_like.cost import CostModel
 from alpa_like.graph import Op, dtype_bits
 from alpa_like.passes.groups import ACCUMULATE, Groups, Port, Segments, wide_dims
-from alpa_like.passes.intra import Decision, port_state, spec_of
+from alpa_like.passes.intra import Decision, Spaces, port_state, spec_of
 from alpa_like.passes.layouts import PARTIAL, WHOLE, Move, State, TensorSpace
 from alpa_like.passes.liveness import Liveness
 from alpa_like.plan import PartialSum, Pin, Spec
@@ -25,7 +26,7 @@ class PinWriter:
     decision: Decision
     liveness: Liveness
     segments: Segments = Segments()
-    spaces: dict[tuple[tuple[int, ...], int, bool], TensorSpace] = field(default_factory=dict)
+    spaces: Spaces = field(default_factory=dict[Any, Any])
     routes: dict[object, tuple[Move, ...]] = field(default_factory=dict)
 
     def spec(self, tensor: int, version: str) -> Spec:

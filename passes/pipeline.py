@@ -24,7 +24,6 @@ from alpa_like.passes.layouts import PARTIAL
 from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
 from alpa_like.passes.microbatch import MicroProgram
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
-from alpa_like.reshard import Layout, plan_transfer
 from alpa_like.pipeshard import PipeshardParallel
 from alpa_like.plan import (
     Accumulator,
@@ -39,11 +38,18 @@ from alpa_like.plan import (
     Spec,
     StagePlan,
 )
+from alpa_like.reshard import Layout, plan_transfer
 from alpa_like.schedule import Schedule, make_schedule
 from alpa_like.simulate import simulate
 from alpa_like.tracer import Trace
 
-__all__ = ["StageSpec", "PipelineWriter", "value_names"]
+__all__ = ["PipelineWriter", "StageSpec", "value_names"]
+
+_LOWEST_PRICE, _HIGHEST_PRICE, _DEARER = 0.1, 100.0, 3.0
+"""Prices of all memory, in ideal step times, that are tried where a stage does not fit: each so many times the last."""
+
+_USUAL_IN_FLIGHT = 4
+"""Micro-batches in flight that a price of memory reckons with."""
 
 EMULATED = "cpu"
 """What JAX calls the devices that it emulates; their compiler has no reduce-scatter."""
@@ -53,7 +59,7 @@ EMULATED = "cpu"
 class StageSpec:
     """One stage to plan: its layers, the first device and the (hosts, devices per host) that it has, its mesh or None.
 
-    Stages with the same devices share a mesh.
+    Stages with the same devices share a mesh. `price` is the price of memory to begin with (`stage_costs.Tag`).
     """
 
     first: int
@@ -63,6 +69,7 @@ class StageSpec:
     devices_per_host: int
     mesh_shape: tuple[int, ...] | None = None
     remat: bool = False
+    price: float = 0.0
 
     @property
     def devices(self) -> tuple[int, int]:
@@ -94,12 +101,16 @@ def value_names(trace: Trace, pieces: Pieces) -> dict[Var, str]:
 
 @dataclass
 class PipelineWriter:
-    """Plans given stages. Solved meshes are remembered, so that equal stages and repeated calls cost nothing."""
+    """Plans given stages. Solved meshes are remembered, so that equal stages and repeated calls cost nothing.
+
+    `ideal_s` is the least that a step could take, in which prices of memory are given.
+    """
 
     trace: Trace
     cluster: Cluster
     method: PipeshardParallel
     reader: GraphReader = field(default_factory=GraphReader)
+    ideal_s: float = 1.0
     solved: dict[object, MeshSolution] = field(default_factory=dict[object, MeshSolution])
 
     @property
@@ -136,29 +147,37 @@ class PipelineWriter:
         """The fastest of the meshes that a stage may have."""
         part = self.cluster.part(spec.hosts, spec.devices_per_host)
         shapes = [spec.mesh_shape] if spec.mesh_shape else mesh_shapes(part)
-        found: list[MeshSolution] = []
-        failure: InfeasibleError | None = None
-        for shape in shapes:
-            try:
-                found.append(self.once(problem, part, shape, flying))
-            except InfeasibleError as error:
-                failure = error
-        if not found:
-            raise failure or InfeasibleError("no mesh is allowed")
-        return min(found, key=lambda s: s.solution.cost)
+        mine = {s: flying[s] for s in set(problem.held.values())}
+        found = [self.fitting(problem, part, shape, mine, spec.price) for shape in shapes]
+        fits = [s for s in found if s.memory_bytes <= self.budget]
+        if fits:
+            return min(fits, key=lambda s: s.step_s)
+        cost = RingCost(part, shapes[0], native_reduce_scatter=self.native)
+        return problem.solve(cost, self.budget, mine, self.options)  # says what is missing, or finds what prices don't
 
-    def once(
-        self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int]
+    def fitting(
+        self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int], price: float
     ) -> MeshSolution:
-        mine = {s: flying[s] for s in sorted(set(problem.held.values()))}
-        key = (problem_key(problem), part, shape, tuple(mine.values()), self.budget)
+        """The solution at the lowest price of memory at which it fits; the last one tried where none does."""
+        solution = self.priced(problem, part, shape, price).in_flight(flying)
+        while solution.memory_bytes > self.budget and price < _HIGHEST_PRICE:
+            price = max(price * _DEARER, _LOWEST_PRICE)
+            solution = self.priced(problem, part, shape, price).in_flight(flying)
+        return solution
+
+    @property
+    def native(self) -> bool:
+        return self.cluster.device.name != EMULATED
+
+    def priced(self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], price: float) -> MeshSolution:
+        key = (problem_key(problem), part, shape, price)
         known = self.solved.get(key)
         if known is None:
-            cost = RingCost(part, shape, native_reduce_scatter=self.cluster.device.name != EMULATED)
-            known = self.solved[key] = problem.solve(cost, self.budget, mine, self.options)
-        if known.mesh is problem:
-            return known
-        return replace(known, mesh=problem)  # an equal mesh: the same decisions for its own variables
+            cost = RingCost(part, shape, native_reduce_scatter=self.native)
+            stages = dict.fromkeys(problem.held.values(), _USUAL_IN_FLIGHT)
+            known = problem.price(cost, stages, self.options, price * self.ideal_s / self.budget)
+            self.solved[key] = known
+        return known if known.mesh is problem else replace(known, mesh=problem)
 
 
 def problem_key(problem: MeshProblem) -> object:
@@ -176,19 +195,23 @@ def mesh_shapes(part: Cluster) -> list[tuple[int, ...]]:
 
 def mesh_problem(trace: Trace, pieces: Pieces, mesh: int, reader: GraphReader) -> MeshProblem:
     """What one mesh of a pipeline has to decide."""
-    mine = [p for p in pieces.pieces if p.mesh == mesh]
+    return problem_of(trace, pieces, [p for p in pieces.pieces if p.mesh == mesh], reader)
+
+
+def problem_of(trace: Trace, pieces: Pieces, mine: Sequence[StagePiece], reader: GraphReader) -> MeshProblem:
+    """What has to be decided for pieces that share a mesh, in an order in which they can run."""
     program = pieces.layers.program
-    results = tuple(dict.fromkeys(v for v in program.outputs if isinstance(v, Var) and v not in program.inputs))
+    made = {v for p in mine for v in p.outputs}
+    accumulated = {v: op for v, op in pieces.layers.accumulated.items() if v in made}
+    once = [v for v in pieces.results if v in made and (v in accumulated or not is_micro(pieces, v))]
     graphs = [reader.graph(pieces, p) for p in mine]
-    made = [v for p in mine for v in p.outputs]
-    accumulated = {v: op for v, op in pieces.layers.accumulated.items() if v in set(made)}
-    once = [v for v in results if v in set(made) and (v in accumulated or not is_micro(pieces, v))]
     composite = compose(mine, graphs, program.num_micro_batches, accumulated, once)
     stored = tuple(
         (program.inputs[a], program.outputs[r]) for a, r in trace.stored if isinstance(program.outputs[r], Var)
     )
     donated = frozenset(program.inputs[i] for i in trace.donated_leaves)
-    return MeshProblem(composite, program.statuses, stored, donated, tuple(once))
+    batch = frozenset(program.inputs[i] for i in trace.batch)
+    return MeshProblem(composite, program.statuses, stored, donated, tuple(once), batch)
 
 
 def is_micro(pieces: Pieces, var: Var) -> bool:
@@ -255,7 +278,8 @@ class _PlanWriter:
             tuple(self.placed(piece, v) for v in piece.outputs),
             tuple(replace(p, op=p.op - first) for p in self.pins(piece.mesh) if first <= p.op < last),
             tuple(
-                replace(s, op=s.op - first, splits=_shifted(s, first)) for s in self.sums(piece.mesh)
+                replace(s, op=s.op - first, splits=_shifted(s, first))
+                for s in self.sums(piece.mesh)
                 if first <= s.op < last
             ),  # fmt: skip
             tuple(self.accumulators(piece, first)),
@@ -320,7 +344,9 @@ class _PlanWriter:
         strategy = solution.decision.strategies.get(op)
         if strategy is None:
             return solution.writer.spec(graph.ops[op].results[0], "home")
-        return tuple(tuple(a for a, factor in enumerate(strategy) if factor == d and factor != PARTIAL) for d in range(rank))
+        return tuple(
+            tuple(a for a, factor in enumerate(strategy) if factor == d and factor != PARTIAL) for d in range(rank)
+        )
 
     # ------------------------------------------------------------------------------------------------- predictions
 
@@ -379,14 +405,14 @@ class _PlanWriter:
 
     def predicted(self, pipeline: Pipeline) -> Predicted:
         simulation = simulate(self.schedule, pipeline.times())
-        slowest = max(self.solutions, key=lambda s: s.solution.cost)
+        slowest = max(self.solutions, key=lambda s: s.step_s)
         compute = slowest.problem.compute_s(slowest.solution.choice)
         traffic: dict[str, float] = {}
         for solution in self.solutions:
             for kind, nbytes in solution.writer.traffic().items():
                 traffic[kind] = max(traffic.get(kind, 0.0), nbytes)
-        makespan = simulation.makespan_s
-        return Predicted(makespan, compute, max(0.0, makespan - compute), traffic, max(pipeline.memory_bytes))
+        communication = max(0.0, slowest.step_s - compute)
+        return Predicted(simulation.makespan_s, compute, communication, traffic, max(pipeline.memory_bytes))
 
     def report(self) -> SolverReport:
         found = [s.solution for s in self.solutions]

@@ -8,33 +8,100 @@ Contract
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from alpa_like.cluster import Cluster
-from alpa_like.errors import MethodError
-from alpa_like.passes.layers import Layers, check_gradient, form_layers
+from alpa_like.errors import InfeasibleError, MethodError
+from alpa_like.methods import ShardParallel
+from alpa_like.passes.cut_scans import cut_trace, equal_parts, layer_loop
+from alpa_like.passes.layers import Layers, check_gradient, ends_by_loop, form_layers, loops_by_layer
 from alpa_like.passes.microbatch import batch_size, split_batch
 from alpa_like.passes.pipeline import PipelineWriter, StageSpec, schedule_of
+from alpa_like.passes.planner import make_plan
+from alpa_like.passes.stage_costs import LayerCosts, Tag
+from alpa_like.passes.stage_search import Choice, Search, search
 from alpa_like.pipeshard import (
     AutoLayerOption,
+    AutoStageOption,
     ManualLayerOption,
     ManualStageOption,
     PipeshardParallel,
     UniformStageOption,
 )
 from alpa_like.plan import Plan
+from alpa_like.schedule import make_schedule
+from alpa_like.simulate import Times, simulate
 from alpa_like.tracer import Trace
 
 __all__ = ["make_pipeline_plan"]
+
+_TRIED = ("1f1b", "eager-1f1b", "zb-h1", "zb-h2")
+"""Schedules that "auto" chooses from."""
+
+_WORTH_IT = 0.002
+"""The share of the step time that another schedule must save."""
+
+_MOST_PARTS = 64
+"""Into so many parts a loop over layers is cut at most, for the search of stages."""
+
+_SHARES = (1.0, 0.9, 0.8, 0.65)
+"""Shares of the memory that the search for stages reckons with, until the stages that it finds fit as a whole."""
 
 
 def make_pipeline_plan(trace: Trace, cluster: Cluster, method: PipeshardParallel) -> Plan:
     """The best pipeline of a traced step for a cluster."""
     start = time.perf_counter()
-    plan = _Planner(trace, cluster, method).plan()
+    plan = _with_cut_loop(trace, cluster, method) or _Planner(trace, cluster, method).plan()
     report = replace(plan.solver, seconds=time.perf_counter() - start)
     return replace(plan, solver=report)
+
+
+def _with_cut_loop(trace: Trace, cluster: Cluster, method: PipeshardParallel) -> Plan | None:
+    """The plan of a model that scans over its layers: the loop is cut into layers for the search, then anew into one
+    loop per stage. None where there is no such loop."""
+    length = layer_loop(trace)
+    if length is None or not isinstance(method.layer_option, AutoLayerOption):
+        return None
+    asked = method.layer_option.layer_num
+    count = min(length, _MOST_PARTS if asked == "auto" else asked)
+    lengths = equal_parts(length, count)
+    planner = _Planner(cut_trace(trace, length, lengths).trace, cluster, method)
+    plan = planner.plan()
+    if plan.pipeline is None:
+        return plan
+    return _one_loop_per_stage(trace, cluster, method, planner, plan, (length, lengths))
+
+
+def _one_loop_per_stage(
+    trace: Trace,
+    cluster: Cluster,
+    method: PipeshardParallel,
+    planner: _Planner,
+    plan: Plan,
+    scan: tuple[int, tuple[int, ...]],
+) -> Plan:
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    length, lengths = scan
+    counts = loops_by_layer(planner.layers(pipeline.num_micro_batches), lengths)
+    stages = [sum(counts[s.first : s.last + 1]) for s in pipeline.stages]
+    if sum(stages) != len(lengths):
+        return replace(plan, pipeline=replace(pipeline, scan=scan))
+    ends = list(itertools.accumulate(stages))
+    merged = tuple(sum(lengths[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True) if b > a)
+    whole = _Planner(cut_trace(trace, length, merged).trace, cluster, method)
+    layers = whole.layers_by_loop(pipeline.num_micro_batches, [1 if n else 0 for n in stages], merged)
+    if layers is None:
+        return replace(plan, pipeline=replace(pipeline, scan=scan))
+    whole.costs(layers)
+    specs = [replace(s, first=i, last=i) for i, s in enumerate(planner.specs)]
+    final = whole.written(layers, specs, pipeline.schedule)
+    assert final.pipeline is not None
+    return replace(final, pipeline=replace(final.pipeline, scan=(length, merged)))
 
 
 @dataclass
@@ -43,27 +110,175 @@ class _Planner:
     cluster: Cluster
     method: PipeshardParallel
     layered: dict[int, Layers] = field(default_factory=dict[int, Layers])
+    priced: dict[int, LayerCosts] = field(default_factory=dict[int, LayerCosts])
+
+    specs: list[StageSpec] = field(default_factory=list[StageSpec])
 
     def __post_init__(self) -> None:
         self.writer = PipelineWriter(self.trace, self.cluster, self.method)
 
     def plan(self) -> Plan:
-        count = self.method.num_micro_batches
-        chosen = min(4, batch_size(self.trace)) if count == "auto" else count
-        layers = self.layers(chosen)
-        name = self.schedule_name(layers)
-        check_gradient(layers, name)
-        option = self.method.stage_option
-        if isinstance(option, ManualStageOption):
-            specs = self.manual(layers, option)
-        else:
-            specs = self.uniform(layers, option if isinstance(option, UniformStageOption) else UniformStageOption())
-        return self.writer.plan(layers, specs, schedule_of(name, specs, chosen), layers.ends)
+        asked = self.method.num_micro_batches
+        count = self.best_count() if asked == "auto" else asked
+        layers = self.layers(count)
+        check_gradient(layers, self.first_schedule(layers))
+        self.costs(layers)
+        plan = self.staged(layers)
+        if self.method.schedule != "auto":
+            return plan
+        return self.undivided(self.rescheduled(layers, plan))
 
-    def schedule_name(self, layers: Layers) -> str:
+    def undivided(self, plan: Plan) -> Plan:
+        """The plan without a pipeline where the search ends at one stage and that is faster."""
+        one = plan.pipeline is not None and len(plan.pipeline.stages) == 1
+        if not one or not isinstance(self.method.stage_option, AutoStageOption):
+            return plan
+        if self.method.stage_option.num_stages != "auto" or self.method.num_micro_batches != "auto":
+            return plan
+        whole = ShardParallel(
+            axis_names=None,
+            memory_budget_bytes=self.method.memory_budget_bytes,
+            solver=self.method.solver,
+            time_limit_s=self.method.time_limit_s,
+            gap=self.method.gap,
+        )
+        try:
+            other = make_plan(self.trace, self.cluster, whole)
+        except InfeasibleError:
+            return plan
+        faster = other.predicted.step_time_s < plan.predicted.step_time_s
+        return replace(other, method=self.method.name) if faster else plan
+
+    def staged(self, layers: Layers) -> Plan:
+        """The plan under the first schedule."""
+        option, name = self.method.stage_option, self.first_schedule(layers)
+        if isinstance(option, ManualStageOption):
+            return self.written(layers, self.manual(layers, option), name)
+        if isinstance(option, UniformStageOption):
+            return self.written(layers, self.uniform(layers, option), name)
+        return self.searched(layers, option, name)
+
+    def first_schedule(self, layers: Layers) -> str:
         if self.method.schedule != "auto":
             return self.method.schedule
         return "1f1b" if any(layers.backward) else "inference"
+
+    # --------------------------------------------------------------------------------------------- micro-batches
+
+    def best_count(self) -> int:
+        """The number of micro-batches with the fastest step: powers of two are tried, from a middle one up or down."""
+        size = batch_size(self.trace)
+        counts = [n for n in range(1, size + 1) if size % n == 0 and (n & (n - 1) == 0 or n == size)]
+        times: dict[int, float] = {}
+
+        def seconds(place: int) -> float:
+            if place not in times:
+                times[place] = self.quick_s(counts[place]) if 0 <= place < len(counts) else math.inf
+            return times[place]
+
+        wanted = 4 * min(self.cluster.num_devices, 8)
+        at = max(i for i, n in enumerate(counts) if n <= wanted)
+        for step in (1, -1):
+            while seconds(at + step) < seconds(at):
+                at += step
+        if math.isinf(seconds(at)):
+            at = max(times, key=lambda i: i if 0 <= i < len(counts) else -1)
+        return counts[at]
+
+    def quick_s(self, count: int) -> float:
+        """Predicted seconds of a step with so many micro-batches; infinite where nothing fits in memory."""
+        layers = self.layers(count)
+        name = self.first_schedule(layers)
+        option = self.method.stage_option
+        try:
+            if isinstance(option, AutoStageOption):
+                return self.found(layers, option, name, 1.0).latency_s
+            return self.staged(layers).predicted.step_time_s
+        except InfeasibleError:
+            return math.inf
+
+    # -------------------------------------------------------------------------------------------------- schedules
+
+    def rescheduled(self, layers: Layers, plan: Plan) -> Plan:
+        """The plan under the schedule that makes the step fastest, as far as it fits in memory."""
+        best = plan
+        for name in self.promising(plan):
+            try:
+                other = self.written(layers, self.specs, name)
+            except InfeasibleError:
+                continue
+            if other.predicted.step_time_s < best.predicted.step_time_s * (1 - _WORTH_IT):
+                best = other
+        return best
+
+    def promising(self, plan: Plan) -> list[str]:
+        """Schedules that would be faster if half of a backward pass were for the weights, the best one first."""
+        pipeline = plan.pipeline
+        if pipeline is None or pipeline.schedule == "inference" or len(pipeline.stages) == 1:
+            return []
+        stages, count = pipeline.stages, pipeline.num_micro_batches
+        times = Times.of(
+            [s.forward_s for s in stages],
+            [s.backward_s for s in stages],
+            send_s=pipeline.send_s,
+            update_s=pipeline.update_s,
+        )
+        seconds = {n: simulate(make_schedule(n, len(stages), count), times).makespan_s for n in _TRIED}
+        here = plan.predicted.step_time_s
+        better = sorted((s, n) for n, s in seconds.items() if s < here * (1 - _WORTH_IT))
+        return [name for _, name in better[:2]]
+
+    # ----------------------------------------------------------------------------------------------------- stages
+
+    def written(self, layers: Layers, specs: list[StageSpec], name: str) -> Plan:
+        self.specs = specs
+        schedule = schedule_of(name, specs, layers.program.num_micro_batches)
+        return self.writer.plan(layers, specs, schedule, layers.ends)
+
+    def searched(self, layers: Layers, option: AutoStageOption, name: str) -> Plan:
+        """The stages that the dynamic program finds. It reckons with sums of layers: where a stage turns out not to fit
+        as a whole, the search is repeated with less memory."""
+        failure: InfeasibleError | None = None
+        for share in _SHARES:
+            specs = self.search(layers, option, name, share)
+            try:
+                return self.written(layers, specs, name)
+            except InfeasibleError as error:
+                failure = error
+        raise failure or InfeasibleError("no stages fit in memory")
+
+    def search(self, layers: Layers, option: AutoStageOption, name: str, share: float) -> list[StageSpec]:
+        return [_spec(choice) for choice in self.found(layers, option, name, share).stages]
+
+    def found(self, layers: Layers, option: AutoStageOption, name: str, share: float) -> Search:
+        """The stages of least latency, with a share of the memory."""
+        costs = self.costs(layers)
+        costs.budget = self.writer.budget * share
+        count = layers.program.num_micro_batches
+        number = None if option.num_stages == "auto" else option.num_stages
+        if number is not None and number > layers.count:
+            raise MethodError(
+                f"{number} stages were asked for, but the model has {layers.count} layers; ask for fewer stages, or for "
+                f"more layers with AutoLayerOption(layer_num={number})"
+            )
+        return search(
+            layers.count, self.cluster, count, costs, costs.budget, in_flight=_in_flight(name), num_stages=number
+        )
+
+    def costs(self, layers: Layers) -> LayerCosts:
+        count = layers.program.num_micro_batches
+        if count not in self.priced:
+            self.priced[count] = LayerCosts(
+                self.trace,
+                layers,
+                self.cluster,
+                self.writer.budget,
+                self.method.layer_option.remat_mode,
+                self.writer.options,
+                self.writer.reader,
+            )
+        self.writer.ideal_s = self.priced[count].ideal_s
+        return self.priced[count]
 
     def layers(self, count: int) -> Layers:
         """The layers with so many micro-batches."""
@@ -76,6 +291,12 @@ class _Planner:
                 number = None if option.layer_num == "auto" else option.layer_num
                 self.layered[count] = form_layers(program, number)
         return self.layered[count]
+
+    def layers_by_loop(self, count: int, loops: list[int], lengths: tuple[int, ...]) -> Layers | None:
+        """Layers that end right behind the loops of each stage; None where there is no such cut."""
+        program = split_batch(self.trace, count, statistics=self.method.batch_statistics)
+        ends = ends_by_loop(program, loops, lengths)
+        return form_layers(program, ends=ends) if ends else None
 
     @property
     def remat(self) -> bool:
@@ -92,7 +313,10 @@ class _Planner:
         found: list[StageSpec] = []
         start = 0
         for ids, (hosts, per_host), logical in zip(
-            option.forward_stage_layer_ids, option.submesh_physical_shapes, option.submesh_logical_shapes or (), strict=True
+            option.forward_stage_layer_ids,
+            option.submesh_physical_shapes,
+            option.submesh_logical_shapes or (),
+            strict=True,
         ):
             self.check_submesh(len(found), hosts, per_host, start, logical)
             found.append(StageSpec(ids[0], ids[-1], start, hosts, per_host, logical, self.remat))
@@ -104,9 +328,7 @@ class _Planner:
             )
         return found
 
-    def check_submesh(
-        self, stage: int, hosts: int, per_host: int, start: int, logical: tuple[int, ...] | None
-    ) -> None:
+    def check_submesh(self, stage: int, hosts: int, per_host: int, start: int, logical: tuple[int, ...] | None) -> None:
         size, whole = hosts * per_host, self.cluster.devices_per_host
         straddles = hosts == 1 and start // whole != (start + size - 1) // whole
         if hosts < 1 or per_host < 1 or per_host > whole or hosts > self.cluster.hosts:
@@ -123,7 +345,9 @@ class _Planner:
         for n in logical or (size,):
             product *= n
         if product != size:
-            raise MethodError(f"stage {stage} has mesh {logical} on {size} devices; give a shape whose product is {size}")
+            raise MethodError(
+                f"stage {stage} has mesh {logical} on {size} devices; give a shape whose product is {size}"
+            )
 
     def uniform(self, layers: Layers, option: UniformStageOption) -> list[StageSpec]:
         devices = self.cluster.num_devices
@@ -143,12 +367,14 @@ class _Planner:
         each = devices // meshes
         whole = self.cluster.devices_per_host
         if each > whole and each % whole:
-            raise MethodError(f"{stages} equal stages would get {each} devices each, which are no whole hosts of {whole}")
+            raise MethodError(
+                f"{stages} equal stages would get {each} devices each, which are no whole hosts of {whole}"
+            )
         hosts, per_host = (each // whole, whole) if each > whole else (1, each)
         cuts = [round(i * layers.count / stages) for i in range(stages + 1)]
         return [
             StageSpec(a, b - 1, (i % meshes) * each, hosts, per_host, option.submesh_logical_shape, self.remat)
-            for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(cuts))
         ]
 
     def uniform_meshes(self, stages: int, interleaved: bool) -> int:
@@ -158,3 +384,32 @@ class _Planner:
             if stages % meshes == 0 and self.cluster.num_devices % meshes == 0:
                 return meshes
         return 1
+
+
+def _spec(choice: Choice) -> StageSpec:
+    tag = choice.option.tag
+    if not isinstance(tag, Tag):
+        raise TypeError(tag)
+    return StageSpec(
+        choice.first,
+        choice.last,
+        choice.devices[0],
+        choice.submesh.hosts,
+        choice.submesh.devices_per_host,
+        tag.mesh_shape,
+        tag.remat,
+        tag.price,
+    )
+
+
+def _in_flight(name: str) -> Callable[[int, int], int]:
+    """How many micro-batches a stage holds, by its place counted from the end."""
+    match name:
+        case "gpipe":
+            return lambda stages, count: count
+        case "inference":
+            return lambda stages, count: 1
+        case "eager-1f1b" | "zb-h2":
+            return lambda stages, count: min(2 * stages - 1, count)
+        case _:
+            return min

@@ -166,7 +166,9 @@ def _write(
     best: _Candidate,
     report: SolverReport,
 ) -> Plan:
-    writer = PinWriter(groups, best.cost, best.problem.decode(best.solution.choice), liveness)
+    writer = PinWriter(
+        groups, best.cost, best.problem.decode(best.solution.choice), liveness, spaces=best.problem.spaces
+    )
     mesh = best.cost.mesh_shape
     stage = StagePlan(
         "0",

@@ -17,9 +17,58 @@ from alpa_like.passes.flat import nbytes, reads
 __all__ = ["cheap_again"]
 
 _AGAIN = frozenset(
-    "abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos div eq erf exp exp2 expand_dims "
-    "expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pow reshape round "
-    "rsqrt select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose xor".split()
+    [
+        "abs",
+        "add",
+        "add_any",
+        "and",
+        "broadcast_in_dim",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "div",
+        "eq",
+        "erf",
+        "exp",
+        "exp2",
+        "expand_dims",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "iota",
+        "is_finite",
+        "le",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "pow",
+        "reshape",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "tanh",
+        "transpose",
+        "xor",
+    ]
 )
 """Primitives that compilers fuse into what reads them."""
 

@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,8 @@ __all__ = ["Choice", "Costs", "Option", "Search", "Statistics", "Submesh", "sear
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int32]
+"""As `Ints`, where there are millions."""
 Flags = npt.NDArray[np.bool_]
 Range = tuple[int, int, int]
 """Number of the submesh, first layer, last layer (inclusive)."""
@@ -59,6 +61,9 @@ _NEAR = 0.005
 
 _SUMS = (1.1, math.inf)
 """Step 2 looks for a plan within this times the total of a box; if there is none, that is the next total."""
+
+_KEPT = 128
+"""Tables, and relaxed programs, that are kept for when they are needed again; each takes about a megabyte."""
 
 _NOTHING_FITS = 1e30
 """Stands for the bytes of a layer for which there is no option at all."""
@@ -408,6 +413,7 @@ class _Known:
         usable = self._fits(flying) & (self.rows[1] <= update_s)
         key = usable.tobytes()
         if key not in self.tables:
+            _make_room(self.tables)
             table = np.where(self.asked, np.inf, self.bound)
             np.minimum.at(table.reshape(-1), self.where[usable], self.rows[0][usable])
             self.tables[key] = table
@@ -437,6 +443,12 @@ class _Known:
         unasked = self.bound[~self.asked & np.isfinite(self.bound)]
         updates = [self.rows[1][usable], np.zeros(min(1, len(unasked)))]
         return np.unique(np.concatenate([self.rows[0][usable], unasked])), np.unique(np.concatenate(updates))
+
+
+def _make_room(cache: dict[Any, Any]) -> None:
+    """Forget all where the cache is full."""
+    if len(cache) >= _KEPT:
+        cache.clear()
 
 
 # ------------------------------------------------------------------------------------------------ step 1
@@ -508,9 +520,9 @@ class _Edges:
     `ranges` are flat indices. The edges from `heads[i]` begin at `starts[i]`.
     """
 
-    ranges: Ints
-    targets: Ints
-    heads: Ints
+    ranges: Numbers
+    targets: Numbers
+    heads: Numbers
     starts: Ints
 
     @classmethod
@@ -518,14 +530,16 @@ class _Edges:
         """Those on a plan whose relaxed sum is at most `limit`."""
         _, layers, _ = relaxed.steps.shape
         states, after = len(relaxed.rooms.done), relaxed.rooms.after
-        found: list[tuple[Ints, Ints, Ints]] = []
+        found: list[Numbers] = []
         for first in range(layers):
             rests = relaxed.within(first, limit)
             at, m, extra = np.nonzero(relaxed.through(first, rests) <= min(limit, np.finfo(np.float64).max))
             rest, ranges = rests[at], (m * layers + first) * layers + first + extra
-            found.append((first * states + rest, ranges, (first + 1 + extra) * states + after[m, rest]))
-        sources, ranges, targets = (np.concatenate(column) for column in zip(*found, strict=True))
-        return cls(ranges, targets, *np.unique(sources, return_index=True))
+            edges = (first * states + rest, ranges, (first + 1 + extra) * states + after[m, rest])
+            found.append(np.array(edges, np.int32))
+        sources, ranges, targets = np.concatenate(found, axis=1)
+        starts = np.flatnonzero(np.diff(sources, prepend=-1))
+        return cls(ranges, targets, sources[starts], starts)
 
     def of(self, state: int) -> slice:
         """The edges that leave a state."""
@@ -542,7 +556,7 @@ class _Layered:
 
     problem: _Problem
     edges: _Edges
-    cost: Callable[[int, Ints], Floats]
+    cost: Callable[[int, Numbers], Floats]
     join: np.ufunc
 
     @cached_property
@@ -673,6 +687,7 @@ class _Finder:
 
     def _view(self, high: tuple[float, float]) -> _Relaxed:
         if high not in self.views:
+            _make_room(self.views)
             seconds = self.known.seconds(self.problem.least_flying, high[1])
             steps = np.where(seconds <= high[0], seconds + self.known.send, np.inf)
             self.views[high] = _Relaxed(self.problem.rooms, steps)
@@ -711,7 +726,7 @@ class _Finder:
     def _layer(self, high: tuple[float, float], limit: float) -> _Layered:
         """The program of step 2 over the stages on plans of a relaxed sum of at most `limit`."""
 
-        def cost(stages: int, ranges: Ints) -> Floats:
+        def cost(stages: int, ranges: Numbers) -> Floats:
             seconds = self.known.seconds(self.problem.all_flying(stages), high[1]).reshape(-1)[ranges]
             return np.where(seconds <= high[0], seconds + self.known.send[ranges % self.problem.layers], np.inf)
 
@@ -775,7 +790,7 @@ class _Finder:
         view = _Relaxed(self.problem.rooms, np.where(np.isfinite(self.known.bound), 0.0, np.inf))
         flying = self.problem.flying
 
-        def needed(stages: int, ranges: Ints) -> Floats:
+        def needed(stages: int, ranges: Numbers) -> Floats:
             return self.known.bytes(flying[stages - 1]).reshape(-1)[ranges]
 
         bottleneck = _Layered(self.problem, _Edges.within(view, 0.0), needed, np.maximum)

@@ -47,7 +47,9 @@ def hold_share(
     if pad.name == "stablehlo.convert":
         pad = pad.operands[0].owner
     if pad.name != "stablehlo.pad":
-        raise PlanError(f"stage {stage.name} accumulates result {share.result} in another way than planned; plan it again")
+        raise PlanError(
+            f"stage {stage.name} accumulates result {share.result} in another way than planned; plan it again"
+        )
     value = pad.operands[0].owner.operands[0]
     with ir.InsertionPoint.after(pad):
         writer = _Expansion(reading, PartialSum(-1, share.axes, share.spec, share.splits), stage, attribute)

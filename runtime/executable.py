@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.tree_util import tree_leaves
 
+from alpa_like.chunked import ChunkedArray
 from alpa_like.errors import ProgramError, TraceError
 from alpa_like.placement import Lowered, state_shardings
 from alpa_like.plan import Plan
@@ -105,15 +106,18 @@ class Executable:
         free = [w is None for w in wanted]
         elsewhere = [i for i, x in enumerate(given) if not free[i] and getattr(x, "sharding", None) != wanted[i]]
         flat = [x if not f or hasattr(x, "dtype") else np.asarray(x) for x, f in zip(given, free, strict=True)]
-        moved = jax.device_put([given[i] for i in elsewhere], [wanted[i] for i in elsewhere])
-        for i, value in zip(elsewhere, moved, strict=True):
-            flat[i] = value
+        for i in elsewhere:
+            flat[i] = self.moved(given[i], wanted[i])
         seen: set[int] = set()
         for i in self._donated:  # a state that holds one array twice would be donated twice
             if id(given[i]) in seen:
                 flat[i] = flat[i].copy()
             seen.add(id(given[i]))
         return jax.tree.unflatten(tree, flat)
+
+    def moved(self, value: Any, wanted: Any) -> Any:
+        """One leaf in the layout that the plan wants."""
+        return jax.device_put(value, wanted)
 
     def check(self, args: tuple[Any, ...]) -> None:
         """Raise `ProgramError` where arguments differ from those that the step was compiled for."""
@@ -128,7 +132,7 @@ class Executable:
                 shape, dtype, weak = abstract_leaf(value)
             except TraceError as error:
                 raise ProgramError(f"argument {leaf.path} must be an array, but {error}") from None
-            if isinstance(value, jax.Array) and value.is_deleted():
+            if isinstance(value, jax.Array | ChunkedArray) and value.is_deleted():
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_leaves, tree_unflatten
 
+from alpa_like.chunked import ChunkedArray, Parts, bounds
 from alpa_like.errors import PlanError
 from alpa_like.placement import Given, LoweredPipeline, Returned, matching
 from alpa_like.plan import Plan
@@ -22,32 +24,39 @@ from alpa_like.simulate import Event as TraceEvent
 from alpa_like.simulate import write_trace
 from alpa_like.tracer import Trace
 
-__all__ = ["PipelineExecutable"]
+__all__ = ["Cutting", "PipelineExecutable"]
+
+Lengths = tuple[int, ...] | None
 
 
 class PipelineExecutable(Executable):
     """A step compiled as a pipeline. State leaves live on the mesh of their stage, as the step returns them."""
 
-    def __init__(self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any]) -> None:
+    def __init__(
+        self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any], cuts: Cutting | None = None
+    ) -> None:
         self._begin(trace, plan, devices[0])
+        self._cuts = cuts or Cutting((None,) * len(trace.arguments), (None,) * len(trace.results))
         self._lowered_pipeline = lowered
         transfers = {r: LocalTransport(t, devices, dtype) for r, (t, dtype) in lowered.transfers.items()}
         self._interpreter = Interpreter(lowered.programs, lowered.pieces, transfers, lowered.names)
         self._given = tuple(lowered.given[key] for key in self._interpreter.given)
-        self._feed = _Feed(trace, self._given)
+        self._feed = _Feed(self._cuts.numbers(trace.batch), self._given)
         places = {key: i for i, key in enumerate(self._interpreter.returned)}
         self._collect = _Collect(lowered.returned, places)
-        self._wanted = lowered.arguments
+        self._wanted = self._cuts.places(lowered.arguments, self._cuts.inputs)
 
     @property
     def input_shardings(self) -> tuple[Any, ...]:
         """One pytree per dynamic argument: `NamedSharding`s of the state, None for the batch, which is cut up."""
-        return tree_unflatten(self._trace.in_tree, self._lowered_pipeline.arguments)
+        return tree_unflatten(self._trace.in_tree, self._wanted)
 
     @property
     def output_shardings(self) -> Any:
         """A pytree of `NamedSharding`s like the result, None where the parts of micro-batches are joined."""
-        return tree_unflatten(self._trace.out_tree, self._lowered_pipeline.results)
+        return tree_unflatten(
+            self._trace.out_tree, self._cuts.places(self._lowered_pipeline.results, self._cuts.outputs)
+        )
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -56,6 +65,14 @@ class PipelineExecutable(Executable):
     @property
     def wanted(self) -> Sequence[Any]:
         return self._wanted
+
+    def moved(self, value: Any, wanted: Any) -> Any:
+        """A leaf where the stages want it; stacked layers in parts."""
+        if not isinstance(wanted, Parts):
+            return jax.device_put(value, wanted)
+        whole = np.asarray(value) if isinstance(value, ChunkedArray) else value
+        rows = [whole[a:b] for a, b in bounds(wanted.lengths)]
+        return ChunkedArray(jax.device_put(rows, list(wanted.shardings)))
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         """Whether all arguments are as compiled for, and the state where the stages want it."""
@@ -72,9 +89,9 @@ class PipelineExecutable(Executable):
 
     def run(self, *args: Any) -> Any:
         """The step on arguments that are placed; `ProgramError` where it fails."""
-        leaves = tree_leaves(args)
+        leaves = self._cuts.parts(tree_leaves(args))
         returned = self._interpreter(iter(self._feed(leaves)))
-        return tree_unflatten(self._trace.out_tree, self._collect(returned))
+        return tree_unflatten(self._trace.out_tree, self._cuts.joined(self._collect(returned)))
 
     def trace(self, path: str | os.PathLike[str], *args: Any) -> Any:
         """Run a step on `args` and write when each piece ran as a Chrome trace, which https://ui.perfetto.dev opens.
@@ -89,8 +106,8 @@ class PipelineExecutable(Executable):
     def timed(self, *args: Any) -> tuple[Any, tuple[Event, ...]]:
         """A step's result, and when each piece ran, in seconds since the step's start."""
         placed = self.place(*args)
-        returned, events = self._interpreter.trace(self._feed(tree_leaves(placed)))
-        return tree_unflatten(self._trace.out_tree, self._collect(returned)), events
+        returned, events = self._interpreter.trace(self._feed(self._cuts.parts(tree_leaves(placed))))
+        return tree_unflatten(self._trace.out_tree, self._cuts.joined(self._collect(returned))), events
 
     def state_shardings(self, state: Any) -> Any:
         """The shardings of the argument that has the tree and shapes of `state`."""
@@ -153,10 +170,47 @@ def _shown(event: Event) -> TraceEvent:
     return TraceEvent(event.mesh, None, kind, event.label, event.start_s, event.end_s)
 
 
+class Cutting:
+    """How flat arguments and results that stack all layers are cut; None for those that are whole."""
+
+    def __init__(self, inputs: Sequence[Lengths], outputs: Sequence[Lengths]) -> None:
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self._any = any(c is not None for c in (*self.inputs, *self.outputs))
+
+    def numbers(self, arguments: Sequence[int]) -> set[int]:
+        """The numbers that whole arguments have once others are cut."""
+        starts = list(itertools.accumulate((1 if c is None else len(c) for c in self.inputs), initial=0))
+        return {starts[i] for i in arguments}
+
+    def parts(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """The leaves, those that are cut part by part."""
+        if not self._any:
+            return leaves
+        pairs = zip(leaves, self.inputs, strict=True)
+        return [part for leaf, cuts in pairs for part in (leaf.parts if cuts is not None else (leaf,))]
+
+    def joined(self, leaves: Iterator[Any]) -> list[Any]:
+        """The inverse, for results."""
+        if not self._any:
+            return list(leaves)
+        return [ChunkedArray(g) if isinstance(g, tuple) else g for g in self.grouped(leaves, self.outputs)]
+
+    def places(self, shardings: Sequence[Any], cuts: Sequence[Lengths]) -> tuple[Any, ...]:
+        """Where whole leaves live: a sharding each, or those of its parts."""
+        grouped = zip(self.grouped(shardings, cuts), cuts, strict=True)
+        return tuple(g if lengths is None else Parts(lengths, g) for g, lengths in grouped)
+
+    def grouped(self, leaves: Iterable[Any], cuts: Sequence[Lengths]) -> Iterator[Any]:
+        """A tuple in place of the parts of each leaf that is cut."""
+        left = iter(leaves)
+        for lengths in cuts:
+            yield next(left) if lengths is None else tuple(next(left) for _ in lengths)
+
+
 class _Feed:
     """From the flat arguments of a step to its first buffers."""
 
-    def __init__(self, trace: Trace, given: Sequence[Given]) -> None:
+    def __init__(self, batch: Collection[int], given: Sequence[Given]) -> None:
         self._given = given
         self._count = 1 + max((g.micro_batch for g in given), default=0)
         self._cut: dict[int, Callable[[Any], Sequence[Any]]] = {}
@@ -164,10 +218,7 @@ class _Feed:
             i: jax.device_put(np.int32(g.micro_batch), g.sharding) for i, g in enumerate(given) if g.argument < 0
         }
         self._batch = sorted({g.argument for g in given if g.argument >= 0 and g.micro_batch >= 0})
-        self._moved = [i for i, g in enumerate(given) if g.argument in self._batch or self._is_whole(trace, g)]
-
-    def _is_whole(self, trace: Trace, given: Given) -> bool:
-        return given.argument in trace.batch
+        self._moved = [i for i, g in enumerate(given) if g.argument in batch]
 
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         parts = {i: self._parts(leaves[i]) for i in self._batch}

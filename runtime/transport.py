@@ -21,8 +21,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alpa_like.errors import ProgramError
-from alpa_like.reshard import Cut, Layout, Transfer
 from alpa_like.plan import partition_spec
+from alpa_like.reshard import Cut, Layout, Transfer
 
 __all__ = ["Receiver", "Sender", "Transport", "compile_reshard", "sharding_of"]
 

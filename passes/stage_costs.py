@@ -1,0 +1,340 @@
+"""What a range of layers costs on a submesh: the prices that the stage search asks for.
+
+A layer alone, and each pair of neighbouring layers, are sharded by the solver; a range costs the sum of its layers and,
+for each two neighbours, what the pair costs more than the two alone:
+
+    cost(i … j) = Σ_k alone(k) + Σ_k [pair(k, k+1) − alone(k) − alone(k+1)].
+
+Equal layers are priced once, so a range of n equal layers costs no more to price than one of two. The stages that are
+chosen in the end are solved as they are, so this decides which stages there are, and not what the plan says of them.
+
+Where memory is short, options that take less of it at the price of time are offered: layers computed again in the
+backward pass, and shardings found with a price on lasting bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from jax.extend.core import Var
+
+from alpa_like.cluster import Cluster
+from alpa_like.cost import RingCost
+from alpa_like.graph import OpGraph
+from alpa_like.passes.compose import GraphReader
+from alpa_like.passes.flat import nbytes
+from alpa_like.passes.intra import Spaces
+from alpa_like.passes.layers import Layers
+from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
+from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
+from alpa_like.passes.pipeline import EMULATED, problem_of
+from alpa_like.passes.stage_search import Option, Submesh
+from alpa_like.pipeshard import RematMode
+from alpa_like.tracer import Trace
+
+__all__ = ["LayerCosts", "Tag"]
+
+_PRICES = (0.0, 0.3, 3.0, 30.0)
+"""Prices of memory that are tried, the lowest first: seconds for the whole budget, in units of the ideal step time."""
+
+_CROWDED = 0.25
+"""Where the state takes more than this share of all memory, a price is taken from the start."""
+
+_MODES: dict[RematMode, tuple[bool, ...]] = {"none": (False,), "layer": (True,), "auto": (False, True)}
+
+_IN_FLIGHT = 4
+"""Micro-batches in flight that a memory price reckons with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """How an option is run: the mesh of the submesh, whether layers are computed again, and the price of memory."""
+
+    mesh_shape: tuple[int, ...]
+    remat: bool
+    price: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """Of some layers on a mesh: seconds per micro-batch and of the update, bytes as in `Option`."""
+
+    forward_s: float
+    backward_s: float
+    update_s: float
+    fixed_bytes: float
+    micro_bytes: float
+    peak_bytes: float
+    entering_bytes: float = 0.0
+
+    def computed_again(self) -> _Measure:
+        """With rematerialization: the forward pass runs twice, and of a micro-batch only what enters is held.
+
+        What the layers make in between lives while one micro-batch's backward pass runs. The second forward pass is
+        taken to be sharded as the first.
+        """
+        return _Measure(
+            self.forward_s, self.backward_s + self.forward_s, self.update_s, self.fixed_bytes, self.entering_bytes,
+            self.peak_bytes + max(0.0, self.micro_bytes - self.entering_bytes), self.entering_bytes,
+        )  # fmt: skip
+
+    def plus(self, other: _Measure, sign: float = 1.0) -> _Measure:
+        return _Measure(
+            self.forward_s + sign * other.forward_s,
+            self.backward_s + sign * other.backward_s,
+            self.update_s + sign * other.update_s,
+            self.fixed_bytes + sign * other.fixed_bytes,
+            self.micro_bytes + sign * other.micro_bytes,
+            max(self.peak_bytes, other.peak_bytes),
+            self.entering_bytes + sign * other.entering_bytes,
+        )
+
+
+_NOTHING = _Measure(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class LayerCosts:
+    """The `Costs` of a model's layers. `solves` counts the sharding problems that were solved."""
+
+    trace: Trace
+    layers: Layers
+    cluster: Cluster
+    budget: float
+    remat: RematMode
+    options_: SolverOptions
+    reader: GraphReader
+    solves: int = 0
+    known: dict[object, _Measure] = field(default_factory=dict[object, _Measure])
+    sums: dict[object, list[_Measure]] = field(default_factory=dict[object, list[_Measure]])
+    kinds: dict[tuple[int, ...], str] = field(default_factory=dict[tuple[int, ...], str])
+    problems: dict[object, MeshProblem] = field(default_factory=dict[object, MeshProblem])
+    spaces: dict[object, Spaces] = field(default_factory=dict[object, Spaces])
+
+    @property
+    def micro_batches(self) -> int:
+        return self.layers.program.num_micro_batches
+
+    # ------------------------------------------------------------------------------------- what the search asks for
+
+    def options(self, first: int, last: int, submesh: Submesh) -> list[Option]:
+        found: list[Option] = []
+        flying = min(self.micro_batches, -(-self.cluster.num_devices // submesh.num_devices))
+        if self.state_bytes(first, last) > self.budget * submesh.num_devices:
+            return []
+        for price in self.prices:
+            for remat in _MODES[self.remat]:
+                tags = [Tag(shape, remat, price) for shape in self.shapes(submesh)]
+                found.extend(_option(self.range(first, last, submesh, tag), tag) for tag in tags)
+                if any(o.bytes(flying) <= self.budget for o in found):
+                    return _pareto(found)
+        return _pareto(found)
+
+    def state_bytes(self, first: int, last: int) -> float:
+        """Bytes of the state that belongs to some layers."""
+        return sum(self.layer_bytes[first : last + 1])
+
+    @cached_property
+    def layer_bytes(self) -> list[float]:
+        found = [0.0] * self.layers.count
+        for i, var in enumerate(self.layers.program.inputs):
+            if i not in set(self.trace.batch):
+                found[self.layers.owners.get(var, 0)] += nbytes(var)
+        return found
+
+    def lower_bound_s(self, first: int, last: int, submesh: Submesh) -> float:
+        return sum(self.work_s[first : last + 1]) / submesh.num_devices
+
+    def send_s(self, boundary: int) -> float:
+        crossing = sum(nbytes(v) for v in self.layers.crossing(boundary))
+        link = self.cluster.inter_host if self.cluster.hosts > 1 else self.cluster.intra_host
+        return link.latency_s + crossing / (link.bandwidth_bytes_per_s * self.cluster.devices_per_host)
+
+    @cached_property
+    def prices(self) -> tuple[float, ...]:
+        """Prices of memory to try, the lowest that makes sense first."""
+        statuses = self.layers.program.inputs
+        state = sum(nbytes(v) for i, v in enumerate(statuses) if i not in set(self.trace.batch))
+        state += sum(nbytes(v) for v in self.layers.accumulated)
+        crowded = state > _CROWDED * self.budget * self.cluster.num_devices
+        return _PRICES[1:] if crowded else _PRICES
+
+    def shapes(self, submesh: Submesh) -> list[tuple[int, ...]]:
+        """The meshes to try: hosts by devices; inside a host all devices in a row, and halves and pairs of them."""
+        count = submesh.num_devices
+        if submesh.hosts > 1 and submesh.devices_per_host > 1:
+            return [(submesh.hosts, submesh.devices_per_host)]
+        divided = [(2, count // 2), (count // 2, 2)] if count >= 4 and count % 2 == 0 else []
+        return [(count,), *dict.fromkeys(divided)]
+
+    # ------------------------------------------------------------------------------------------------------- prices
+
+    def range(self, first: int, last: int, submesh: Submesh, tag: Tag) -> _Measure:
+        """The price of a range, from sums over all layers that are kept per submesh and tag."""
+        key = (submesh, tag)
+        if key not in self.sums:
+            self.sums[key] = self.running(submesh, tag)
+        sums = self.sums[key]
+        total = sums[2 * last].plus(sums[2 * first - 1], -1.0) if first else sums[2 * last]
+        alone = self.peaks(first, last, submesh, tag)
+        return _Measure(
+            max(total.forward_s, 0.0), max(total.backward_s, 0.0), max(total.update_s, 0.0),
+            max(total.fixed_bytes, 0.0), max(total.micro_bytes, 0.0), alone,
+        )  # fmt: skip
+
+    def running(self, submesh: Submesh, tag: Tag) -> list[_Measure]:
+        """Sums of alone(0), step(0, 1), alone(1), step(1, 2), …: a range is the difference of two of them."""
+        found: list[_Measure] = []
+        total = _NOTHING
+        for number in range(self.layers.count):
+            total = total.plus(self.alone(number, submesh, tag))
+            found.append(total)
+            if number + 1 < self.layers.count:
+                total = total.plus(self.step(number, submesh, tag))
+                found.append(total)
+        return found
+
+    def peaks(self, first: int, last: int, submesh: Submesh, tag: Tag) -> float:
+        return max(self.alone(n, submesh, tag).peak_bytes for n in range(first, last + 1))
+
+    def alone(self, layer: int, submesh: Submesh, tag: Tag) -> _Measure:
+        measure = self.measure((layer,), submesh, tag)
+        return measure.computed_again() if tag.remat else measure
+
+    def step(self, layer: int, submesh: Submesh, tag: Tag) -> _Measure:
+        """What two neighbours cost more than each alone."""
+        pair = self.measure((layer, layer + 1), submesh, tag)
+        left, right = (self.measure((n,), submesh, tag) for n in (layer, layer + 1))
+        more = pair.plus(left.plus(right), -1.0)
+        if not tag.remat:
+            return more
+        return replace(more, backward_s=more.backward_s + more.forward_s, micro_bytes=0.0)
+
+    def measure(self, numbers: tuple[int, ...], submesh: Submesh, tag: Tag) -> _Measure:
+        key = (self.kind(numbers), submesh, tag.mesh_shape, tag.price)
+        if key not in self.known:
+            self.known[key] = self.solve(numbers, submesh, tag)
+        return self.known[key]
+
+    def solve(self, numbers: tuple[int, ...], submesh: Submesh, tag: Tag) -> _Measure:
+        part = self.cluster.part(submesh.hosts, submesh.devices_per_host)
+        cost = RingCost(part, tag.mesh_shape, native_reduce_scatter=self.cluster.device.name != EMULATED)
+        problem = self.problem(numbers)
+        spaces = self.spaces.setdefault((part, tag.mesh_shape), {})
+        flying = min(self.micro_batches, _IN_FLIGHT)
+        stages = sorted(set(problem.held.values()))
+        price = tag.price * self.ideal_s / self.budget
+        self.solves += 1
+        return _measured(problem.price(cost, dict.fromkeys(stages, flying), self.options_, price, spaces), flying)
+
+    @cached_property
+    def ideal_s(self) -> float:
+        """Seconds of a step if all devices did nothing but matmuls."""
+        return self.micro_batches * sum(self.work_s) / self.cluster.num_devices
+
+    @cached_property
+    def work_s(self) -> list[float]:
+        """Seconds of one device for the FLOPs of each layer, forward and backward, one micro-batch."""
+        found: list[float] = []
+        for number in range(self.layers.count):
+            pieces = [p for p in self.by_layer[number] if p.is_micro]
+            found.append(sum(self.graph_s(self.reader.graph(self.pieces, p)) for p in pieces))
+        return found
+
+    def graph_s(self, graph: OpGraph) -> float:
+        device = self.cluster.device
+        total = 0.0
+        for op in graph.ops:
+            if op.flops:
+                dtype = graph.tensors[(*op.operands, *op.results)[0]].dtype
+                peak = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype) * device.flops_efficiency
+                total += op.count * op.flops / peak
+        return total
+
+    # --------------------------------------------------------------------------------------------- layers as pieces
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The step with one stage per layer."""
+        return form_pieces(self.layers, [StageRange(n, n, n) for n in range(self.layers.count)])
+
+    @cached_property
+    def by_layer(self) -> list[list[StagePiece]]:
+        found: list[list[StagePiece]] = [[] for _ in range(self.layers.count)]
+        for piece in self.pieces.pieces:
+            found[piece.mesh].append(piece)
+        return found
+
+    def together(self, numbers: Sequence[int]) -> list[StagePiece]:
+        """The pieces of some layers in an order in which they can run on one mesh."""
+        mine = [p for n in numbers for p in self.by_layer[n]]
+        order = {"before": 0, "forward": 1, "backward": 2, "update": 3}
+        level = {id(p): i for i, p in enumerate(self.pieces.pieces)}
+        return sorted(mine, key=lambda p: (order[p.kind], level[id(p)]))
+
+    def problem(self, numbers: tuple[int, ...]) -> MeshProblem:
+        key = self.kind(numbers)
+        if key not in self.problems:
+            self.problems[key] = problem_of(self.trace, self.pieces, self.together(numbers), self.reader)
+        return self.problems[key]
+
+    def kind(self, numbers: tuple[int, ...]) -> str:
+        """Equal for layers that cost the same."""
+        if numbers not in self.kinds:
+            self.kinds[numbers] = self.digest(self.together(numbers))
+        return self.kinds[numbers]
+
+    def digest(self, pieces: list[StagePiece]) -> str:
+        """What each piece computes, and which of its values are those of another piece."""
+        numbers: dict[Var, int] = {}
+        text = hashlib.sha256()
+        for piece in pieces:
+            text.update(f"{piece.kind} {self.reader.fingerprint(self.pieces, piece)}".encode())
+            for var in (*piece.inputs, *piece.outputs):
+                state = var in self.stored, var in self.layers.accumulated
+                text.update(f"{numbers.setdefault(var, len(numbers))}{self.role(var)}{state}".encode())
+        return text.hexdigest()
+
+    @cached_property
+    def stored(self) -> set[Var]:
+        program = self.layers.program
+        pairs = [(program.inputs[a], program.outputs[r]) for a, r in self.trace.stored]
+        return {v for pair in pairs for v in pair if isinstance(v, Var)}
+
+    def role(self, var: Var) -> str:
+        return str(self.layers.program.statuses.get(var))
+
+
+def _option(m: _Measure, tag: Tag) -> Option:
+    return Option(m.forward_s, m.backward_s, m.update_s, m.fixed_bytes, m.micro_bytes, m.peak_bytes, tag)
+
+
+def _measured(solution: MeshSolution, flying: int) -> _Measure:
+    seconds = {p.name: solution.seconds[p.name] for p in solution.mesh.composite.pieces}
+    kinds = {p.name: p.kind for p in solution.mesh.composite.pieces}
+
+    def total(*names: str) -> float:
+        return sum(s for name, s in seconds.items() if kinds[name] in names)
+
+    micro = sum(solution.in_flight_bytes.values())
+    fixed = solution.fixed_bytes
+    peak = max(0.0, solution.memory_bytes - fixed - flying * micro)
+    entering = sum(solution.local_bytes(t) for t in solution.mesh.entering)
+    return _Measure(
+        total("forward"), total("backward"), total("update", "before"), fixed, micro, peak, min(entering, micro)
+    )
+
+
+def _pareto(found: list[Option]) -> list[Option]:
+    """Those that no other beats in time and in every kind of bytes."""
+
+    def better(a: Option, b: Option) -> bool:
+        left = (a.seconds, a.update_s, a.fixed_bytes + a.peak_bytes, a.micro_bytes)
+        right = (b.seconds, b.update_s, b.fixed_bytes + b.peak_bytes, b.micro_bytes)
+        return left != right and all(x <= y for x, y in zip(left, right, strict=True))
+
+    unique = list({(o.seconds, o.update_s, o.fixed_bytes, o.peak_bytes, o.micro_bytes): o for o in found}.values())
+    return [o for o in unique if not any(better(p, o) for p in unique)]
