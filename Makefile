@@ -10,14 +10,17 @@ RUN_TESTS := $(VENV)/installed-dev.stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo demo-pipeline test lint format clean
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo "  Options: PYTHON=python3.12 (used when .venv is made: make clean first), PYTEST_ARGS='-k name'"
 
 demo: $(RUN_DEMO) ## install, then plan and run a GPT train step on 8 emulated devices
 	$(PY) -m benchmarks.gpt
+
+demo-pipeline: $(RUN_DEMO) ## the same GPT as a pipeline of 4 stages
+	$(PY) -m benchmarks.gpt --stages 4 --layers 4 --steps 100
 
 test: lint ## lint, then run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)

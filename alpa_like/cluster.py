@@ -205,8 +205,8 @@ class Cluster:
         """Some hosts of this cluster, or some devices of one host, as a cluster of their own."""
         if not (1 <= hosts <= self.hosts and 1 <= devices_per_host <= self.devices_per_host):
             raise ClusterError(
-                f"cluster {self.name!r} has {self.hosts} hosts of {self.devices_per_host} devices, asked for {hosts} of "
-                f"{devices_per_host}"
+                f"cluster {self.name!r} has {self.hosts} hosts of {self.devices_per_host} devices, asked for {hosts} "
+                f"of {devices_per_host}"
             )
         if devices_per_host == self.devices_per_host:
             return self if hosts == self.hosts else replace(self, hosts=hosts)

@@ -1,4 +1,4 @@
-"""`PipeshardParallel` and its options: how a step may be cut into layers, stages and micro-batches. Names are Alpa's."""
+"""`PipeshardParallel` and its options: how a step may be cut into layers, stages, micro-batches. Names are Alpa's."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ class ManualStageOption:
             object.__setattr__(self, name, value)
         if not layers or len(shapes) != len(layers) or len(logical) != len(layers):
             raise MethodError(
-                f"ManualStageOption needs one submesh per stage, found {len(layers)} stages, {len(shapes)} physical and "
-                f"{len(logical)} logical shapes"
+                f"ManualStageOption needs one submesh per stage, found {len(layers)} stages, {len(shapes)} physical "
+                f"and {len(logical)} logical shapes"
             )
         flat = [n for ids in layers for n in ids]
         if flat != list(range(len(flat))) or not all(layers):

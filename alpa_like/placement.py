@@ -17,7 +17,17 @@ from alpa_like.reshard import Transfer
 from alpa_like.runtime.instructions import Program, Ref, Route
 from alpa_like.tracer import Trace
 
-__all__ = ["Given", "Lowered", "LoweredPipeline", "Returned", "check_count", "matching", "pipeline_shardings", "place", "state_shardings"]
+__all__ = [
+    "Given",
+    "Lowered",
+    "LoweredPipeline",
+    "Returned",
+    "check_count",
+    "matching",
+    "pipeline_shardings",
+    "place",
+    "state_shardings",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,10 @@ class StagePlan:
                         f"stage {self.name}: dim {dim} of {placed.path} has {placed.shape[dim]} elements, which "
                         f"{parts} devices do not divide; choose another axis or none for this dim"
                     )
+        self._verify_inside()
+
+    def _verify_inside(self) -> None:
+        """The same for sums, accumulators and pins."""
         for total in self.sums:
             self._verify_spec(
                 (*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes)
@@ -603,7 +607,7 @@ def _stage(data: dict[str, Any]) -> StagePlan:
 def _pipeline(data: dict[str, Any] | None) -> Pipeline | None:
     if data is None:
         return None
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
     fields["stages"] = tuple(PipelineStage(**s) for s in data["stages"])
     if data["scan"] is not None:
         fields["scan"] = (int(data["scan"][0]), tuple(int(n) for n in data["scan"][1]))

@@ -243,11 +243,12 @@ def _check_length(name: str, values: Sequence[float], count: int) -> None:
 def chrome_trace(events: Iterable[Event], *, process_name: str = "alpa_like") -> dict[str, Any]:
     """The events as the JSON object that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-    One thread per mesh, and one per lane below it; times in microseconds; the kind as category; stage and micro-batch
+    One thread per mesh, and one per lane below them; times in microseconds; the kind as category; stage and micro-batch
     among the arguments of a task.
     """
     events = tuple(events)
-    threads = {key: tid for tid, key in enumerate(sorted({(e.mesh, e.lane) for e in events}))}
+    order = sorted({(bool(e.lane), e.mesh, e.lane) for e in events})  # meshes first, so that traces lie over each other
+    threads = {(mesh, lane): tid for tid, (_, mesh, lane) in enumerate(order)}
     named = [_named("process_name", 0, name=process_name)]
     for (mesh, lane), tid in threads.items():
         named.append(_named("thread_name", tid, name=lane or f"mesh {mesh}"))

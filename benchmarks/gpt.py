@@ -3,6 +3,7 @@
     python -m benchmarks.gpt                                   # or: make demo
     python -m benchmarks.gpt --method DataParallel --mesh 8 --steps 50
     python -m benchmarks.gpt --cluster dgx-a100 --mesh 2x4     # plan for a machine that is not here
+    python -m benchmarks.gpt --stages 4 --layers 4             # a pipeline of 4 stages (or: make demo-pipeline)
 
 Where there is only a CPU, the 8 devices are emulated. The step is what one would write for one device.
 """
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import alpa_like as alpa
 from alpa_like.models import GPTConfig, gpt_task
 from alpa_like.models.tasks import Task
+from alpa_like.schedule import SCHEDULES
 from benchmarks.common import METHODS, compare, mesh_option, parser
 
 VOCABULARY = 256  # one token per byte
@@ -37,20 +39,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     alpa.init(None if options.cluster == "local" else alpa.Cluster.presets()[options.cluster]())
     task, text = _task(options), standard_library(MAX_BYTES)
-    train_step = alpa.parallelize(task.step, method=METHODS[options.method](mesh_shape=options.mesh))
+    train_step = alpa.parallelize(task.step, method=_method(options))
 
     start = time.perf_counter()
     executable = train_step.compile(jax.eval_shape(task.init), task.abstract_batch())
     print(f"{executable.plan}\n\nplanned and compiled in {time.perf_counter() - start:.1f} s")
     state = alpa.create_state(task.init, like=train_step)
     print(f"training on {len(text) / 2**20:.1f} MiB of Python source, {options.batch} x {options.seq} bytes a step")
-    losses, seconds = _train(train_step, state, text, options)
+    state, losses, seconds = _train(train_step, state, text, options)
     _report(losses, seconds, options.batch * options.seq)
     if options.cluster == "local":
         print(
             f"      predicted: {executable.plan.predicted.step_time_s * 1e3:.0f} ms a step, if nothing else runs here"
         )
     print(f"\n{compare(executable.plan, executable)}")
+    if options.trace:
+        _write_traces(
+            executable, state, windows(text, options.batch, options.seq, np.random.default_rng(1)), options.trace
+        )
+
+
+def _method(options: argparse.Namespace) -> Any:
+    if not options.stages:
+        return METHODS[options.method](mesh_shape=options.mesh)
+    return alpa.PipeshardParallel(
+        num_micro_batches=options.micro_batches,
+        schedule=options.schedule,
+        stage_option=alpa.UniformStageOption(num_stages=options.stages),
+    )
+
+
+def _write_traces(executable: alpa.Executable, state: Any, batch: Any, name: str) -> None:
+    """One real step and the simulated one, for https://ui.perfetto.dev."""
+    if not isinstance(executable, alpa.PipelineExecutable):
+        raise SystemExit("--trace draws the schedule of a pipeline; give --stages too")
+    executable.trace(f"{name}.measured.json", state, batch)
+    executable.plan.trace(f"{name}.simulated.json")
+    print(f"\nwrote {name}.measured.json and {name}.simulated.json, for https://ui.perfetto.dev")
 
 
 def standard_library(max_bytes: int) -> npt.NDArray[np.uint8]:
@@ -84,8 +109,8 @@ def _task(options: argparse.Namespace) -> Task:
 
 def _train(
     train_step: alpa.ParallelFunction, state: Any, text: npt.NDArray[np.uint8], options: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    """The loss and the seconds of every step."""
+) -> tuple[Any, list[float], list[float]]:
+    """The state at the end, and the loss and the seconds of every step."""
     rng, losses, seconds = np.random.default_rng(0), list[float](), list[float]()
     with tqdm(range(options.steps), unit="step") as progress:
         for _ in progress:
@@ -94,7 +119,7 @@ def _train(
             losses.append(float(loss))
             seconds.append(time.perf_counter() - start)
             progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return losses, seconds
+    return state, losses, seconds
 
 
 def _report(losses: list[float], seconds: list[float], tokens: int) -> None:
@@ -115,6 +140,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--method", choices=METHODS, default="ShardParallel")
     p.add_argument("--mesh", type=mesh_option, default="auto", help="auto (the default), or such as 8 or 2x4")
     p.add_argument("--cluster", choices=("local", *alpa.Cluster.presets()), default="local")
+    p.add_argument("--stages", type=int, default=0, help="make a pipeline of so many equal stages")
+    p.add_argument("--micro-batches", type=int, default=8)
+    p.add_argument("--schedule", choices=("auto", *SCHEDULES), default="1f1b")
+    p.add_argument("--trace", default="", metavar="NAME", help="write NAME.measured.json and NAME.simulated.json")
     options = p.parse_args(arguments)
     if options.steps < 1 or options.d_model % HEADS:
         p.error(f"--steps must be at least 1, and --d-model a multiple of {HEADS}, the number of heads")

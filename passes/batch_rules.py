@@ -28,7 +28,7 @@ from typing import Literal as Choice
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from alpa_like.passes.flat import inner_jaxprs, split_dims
+from alpa_like.passes.flat import dtype_of, inner_jaxprs, scan_counts, shape_of, split_dims
 
 __all__ = [
     "BODIES", "REMAT", "After", "Mixed", "Own", "Reduced", "Same", "Split", "Status",
@@ -36,8 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 Fact = Choice["place", "never"] | frozenset[int] | None
-"""What is known of a `Split`: each element is its place in the batch; all are zero or False; or which columns of the last
-dim are places."""
+"""What is known of a `Split`: each element is its place in the batch; all are zero or False; or which columns of the
+last dim are places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,101 +82,19 @@ class Mixed:
 
 Status = Same | Split | Reduced | Own | After
 Full = Mapping[Any, tuple[int, ...]]
-Found = list[Status] | Mixed
+Found = Sequence[Status] | Mixed
 
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bessel_i0e",
-        "bessel_i1e",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "clz",
-        "complex",
-        "conj",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "eq",
-        "eq_to",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "igamma",
-        "igamma_grad_a",
-        "igammac",
-        "imag",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "le_to",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "lt_to",
-        "max",
-        "min",
-        "mul",
-        "mulhi",
-        "name",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "polygamma",
-        "population_count",
-        "pow",
-        "random_clone",
-        "random_fold_in",
-        "random_gamma",
-        "random_seed",
-        "real",
-        "reduce_precision",
-        "regularized_incomplete_beta",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-        "zeta",
-    ]
-)
+_ELEMENTWISE = frozenset((
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+    "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p",
+    "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log",
+    "log1p", "log2", "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
+    "not", "one_minus_square", "or", "polygamma", "population_count", "pow", "random_clone", "random_fold_in",
+    "random_seed", "real", "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
+))  # fmt: skip
 _REDUCTIONS = {
     "reduce_sum": "add",
     "reduce_max": "max",
@@ -266,7 +184,7 @@ def touches(eqn: JaxprEqn, full: Full) -> bool:
 
 def _zero(atom: Any, status: Status) -> bool:
     if isinstance(atom, Literal):
-        return getattr(atom.aval, "shape", None) == () and bool(atom.val == 0)
+        return shape_of(atom) == () and bool(atom.val == 0)
     return isinstance(status, Same) and status.zero
 
 
@@ -294,7 +212,7 @@ def _hands_on(eqn: JaxprEqn, statuses: Sequence[Status]) -> bool:
     shares = [isinstance(s, Reduced) for s in statuses]
     rest = [_zero(v, s) for v, s, share in zip(eqn.invars, statuses, shares, strict=True) if not share]
     if name == "convert_element_type":
-        return _widens(eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
+        return _widens(dtype_of(eqn.invars[0]), dtype_of(eqn.outvars[0]))
     if name in ("add", "add_any", "sub", "concatenate"):
         return all(rest)
     if name in ("neg", "reduce_sum", "slice"):
@@ -302,7 +220,7 @@ def _hands_on(eqn: JaxprEqn, statuses: Sequence[Status]) -> bool:
     if name == "mul":
         return sum(shares) == 1
     # whole numbers are rounded when they are divided
-    return name == "div" and shares == [True, False] and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    return name == "div" and shares == [True, False] and jnp.issubdtype(dtype_of(eqn.outvars[0]), jnp.inexact)
 
 
 def _could_hand_on(eqn: JaxprEqn, statuses: Sequence[Status]) -> bool:
@@ -365,10 +283,10 @@ def _elementwise(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found
 
 def _fact(eqn: JaxprEqn, statuses: Sequence[Status]) -> Fact:
     """Places survive copies, and what `jax.numpy` does to count negative indices from the end."""
-    facts = [s.fact if isinstance(s, Split) else None for s in statuses]
+    facts: list[Fact] = [_fact_of(s) for s in statuses]
     match eqn.primitive.name:
         case "convert_element_type":
-            dtype = eqn.outvars[0].aval.dtype
+            dtype = dtype_of(eqn.outvars[0])
             return facts[0] if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4 else None
         case "copy" | "copy_p" | "name" | "stop_gradient":
             return facts[0]
@@ -419,7 +337,7 @@ def _trailing(count: Callable[[JaxprEqn], int]) -> Callable[..., Found]:
 
     def check(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
         for operand, status in zip(eqn.invars, statuses, strict=True):
-            if isinstance(status, Split) and status.dim >= len(operand.aval.shape) - count(eqn):
+            if isinstance(status, Split) and status.dim >= len(shape_of(operand)) - count(eqn):
                 return Mixed(f"{eqn.primitive.name} works along the batch")
         return _kept(eqn, statuses, full)
 
@@ -430,7 +348,7 @@ def _reduction(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     if _the_dim(statuses[0]) not in eqn.params["axes"]:
         return _kept(eqn, statuses, full)
     op = _REDUCTIONS.get(eqn.primitive.name)
-    bitwise = op in ("and", "or") and eqn.invars[0].aval.dtype != jnp.bool_
+    bitwise = op in ("and", "or") and dtype_of(eqn.invars[0]) != jnp.bool_
     if op is None or bitwise:
         return Mixed(f"{eqn.primitive.name} over the batch can't be combined from its parts")
     return [Reduced(op)]
@@ -442,7 +360,7 @@ def _reshape(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     status = statuses[0]
     if isinstance(found, Mixed) or not isinstance(status, Split) or not isinstance(found[0], Split):
         return found
-    source, target = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    source, target = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     before, dim = math.prod(source[: status.dim]) * (status.outer or 1), found[0].dim
     outer, rest = divmod(before, math.prod(target[:dim]))
     moved = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
@@ -503,7 +421,7 @@ def _broadcast(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     dims = eqn.params["broadcast_dimensions"]
     if found[0].dim != dims[status.dim]:
         return Mixed("the batch is repeated")
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     columns = dims[-1] == len(after) - 1 and before[-1] == after[-1]
     return [replace(found[0], fact=status.fact if columns or status.fact in ("place", "never") else None)]
 
@@ -511,7 +429,7 @@ def _broadcast(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
 def _slice(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     """slice, dynamic_slice, dynamic_update_slice, pad: the batch is taken whole."""
     dim = _the_dim(statuses[0])
-    if dim < 0 or not _takes_whole(eqn, statuses, dim, eqn.invars[0].aval.shape[dim]):
+    if dim < 0 or not _takes_whole(eqn, statuses, dim, shape_of(eqn.invars[0])[dim]):
         return Mixed("it takes or fills a part of the batch")
     return _kept(eqn, statuses, full)
 
@@ -520,13 +438,13 @@ def _takes_whole(eqn: JaxprEqn, statuses: Sequence[Status], dim: int, size: int)
     match eqn.primitive.name:
         case "slice":
             strides = eqn.params["strides"]
-            return eqn.outvars[0].aval.shape[dim] == size and (strides is None or strides[dim] == 1)
+            return shape_of(eqn.outvars[0])[dim] == size and (strides is None or strides[dim] == 1)
         case "dynamic_slice":
             return eqn.params["slice_sizes"][dim] == size
         case "pad":
             return tuple(eqn.params["padding_config"][dim]) == (0, 0, 0)
         case _:
-            return dim == _the_dim(statuses[1]) and eqn.invars[1].aval.shape[dim] == size
+            return dim == _the_dim(statuses[1]) and shape_of(eqn.invars[1])[dim] == size
 
 
 def _concatenate(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
@@ -534,7 +452,7 @@ def _concatenate(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found
     if any(_the_dim(s) == dim for s in statuses):
         return Mixed("examples are joined along the batch")
     found = _elementwise(eqn, statuses, full)
-    last = dim == len(eqn.outvars[0].aval.shape) - 1
+    last = dim == len(shape_of(eqn.outvars[0])) - 1
     return found if isinstance(found, Mixed) or not last else [_with_fact(s, _columns(eqn, statuses)) for s in found]
 
 
@@ -543,7 +461,7 @@ def _columns(eqn: JaxprEqn, statuses: Sequence[Status]) -> frozenset[int]:
     found: set[int] = set()
     start = 0
     for operand, status in zip(eqn.invars, statuses, strict=True):
-        width = operand.aval.shape[-1]
+        width = shape_of(operand)[-1]
         found.update(start + c for c in range(width) if _is_place(status, c))
         start += width
     return frozenset(found)
@@ -556,13 +474,20 @@ def _is_place(status: Status, column: int) -> bool:
 
 def _tile(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     repeated = eqn.params["reps"]
-    if len(repeated) != len(eqn.invars[0].aval.shape) or repeated[_the_dim(statuses[0])] != 1:
+    if len(repeated) != len(shape_of(eqn.invars[0])) or repeated[_the_dim(statuses[0])] != 1:
         return Mixed("the batch is repeated")
     return _kept(eqn, statuses, full)
 
 
 def _stack(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
     return _kept(eqn, statuses, full) if len({_the_dim(s) for s in statuses}) == 1 else Mixed("it joins different dims")
+
+
+def _by_key(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
+    """Draws whose number is counted inside: apart only if every example has a key of its own."""
+    if len({_the_dim(s) for s in statuses}) > 1:
+        return Mixed(f"{eqn.primitive.name} draws for all examples from one key")
+    return _kept(eqn, statuses, full)
 
 
 def _bitcast(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
@@ -618,7 +543,7 @@ def _gather(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
         place = tuple(numbers.operand_batching_dims).index(table)
         apart = indices == numbers.start_indices_batching_dims[place]
     else:
-        whole = sizes[table] == eqn.invars[0].aval.shape[table]
+        whole = sizes[table] == shape_of(eqn.invars[0])[table]
         apart = whole and indices < 0 and table not in numbers.collapsed_slice_dims
     return _kept(eqn, statuses, full) if apart else Mixed("examples are looked up by their place in the batch")
 
@@ -648,18 +573,18 @@ def _scattered_sum(eqn: JaxprEqn, statuses: Sequence[Status]) -> Found:
 def _update_dim(eqn: JaxprEqn, indices: int) -> int:
     """The dim of the updates that belongs to a dim of the indices, whose last one holds coordinates."""
     window = eqn.params["dimension_numbers"].update_window_dims
-    dims = [d for d in range(len(eqn.invars[2].aval.shape)) if d not in window]
+    dims = [d for d in range(len(shape_of(eqn.invars[2]))) if d not in window]
     return dims[indices] if indices < len(dims) else -1
 
 
 def _fills(eqn: JaxprEqn, operand: int, updates: int) -> bool:
     """Whether windows of updates take a dim of the operand whole."""
-    numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn.invars[0])
     outside = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     window = [d for d in range(len(shape)) if d not in outside]
     if operand not in window or updates < 0 or numbers.update_window_dims[window.index(operand)] != updates:
         return False
-    return eqn.invars[2].aval.shape[updates] == shape[operand]
+    return shape_of(eqn.invars[2])[updates] == shape[operand]
 
 
 _RULES: dict[str, Callable[..., Found]] = {
@@ -687,6 +612,7 @@ _RULES: dict[str, Callable[..., Found]] = {
     **dict.fromkeys(_MATRIX, _trailing(lambda _: 2)),
     "lu_pivots_to_permutation": _trailing(lambda _: 1),
     **dict.fromkeys(_KEYS, _kept),
+    "random_gamma": _by_key,
     **dict.fromkeys(
         ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum", "select_and_gather_add",
          "select_and_scatter_add"),
@@ -699,7 +625,7 @@ _RULES: dict[str, Callable[..., Found]] = {
 
 
 def entered(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> list[list[Status]] | Mixed:
-    """The statuses with which the bodies of an equation begin, in any turn of a loop, in the order of `inner_jaxprs`."""
+    """The statuses with which the bodies of an equation begin in any turn, in the order of `inner_jaxprs`."""
     return BODIES[eqn.primitive.name](eqn, statuses, full)
 
 
@@ -711,7 +637,7 @@ def _with_bodies(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found
         return found
     if all(isinstance(s, Same) for s in statuses):
         return _all_same(eqn, statuses, full)
-    return found if touches(eqn, full) else [After()] * len(eqn.outvars)
+    return found if touches(eqn, full) else [After() for _ in eqn.outvars]
 
 
 def _through_bodies(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Found:
@@ -723,7 +649,7 @@ def _through_bodies(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> Fo
         found = _results(body.jaxpr, entry, full)
         if isinstance(found, Mixed):
             return found
-        outs.append(found)
+        outs.append(list(found))
     return _ENDS[eqn.primitive.name](eqn, entries, outs)
 
 
@@ -768,13 +694,13 @@ def _fixed(turn: Callable[[list[Status]], Found], carry: list[Status]) -> Found:
     while True:
         found = turn(carry)
         joined = found if isinstance(found, Mixed) else _join(carry, found)
-        if isinstance(joined, Mixed) or joined == carry:
+        if isinstance(joined, Mixed) or list(joined) == carry:
             return joined
-        carry = joined
+        carry = list(joined)
 
 
 def _enter_scan(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> list[list[Status]] | Mixed:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     rows = statuses[consts + carries :]
     if any(_the_dim(s) == 0 for s in rows):
         return Mixed("the loop runs over the examples")
@@ -790,7 +716,7 @@ def _enter_scan(eqn: JaxprEqn, statuses: Sequence[Status], full: Full) -> list[l
 
 
 def _leave_scan(eqn: JaxprEqn, entries: list[list[Status]], outs: list[list[Status]]) -> Found:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     ys = [replace(s, dim=s.dim + 1) if isinstance(s, Split) else s for s in outs[0][carries:]]
     return [*entries[0][consts : consts + carries], *ys]
 

@@ -17,6 +17,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from alpa_like import stablehlo
 from alpa_like.graph import Op, OpGraph, Tensor, identity_rule
+from alpa_like.passes.avals import type_of
 from alpa_like.passes.flat import function_of
 from alpa_like.passes.groups import ACCUMULATE, Segments
 from alpa_like.passes.pieces import Pieces, StagePiece
@@ -42,7 +43,7 @@ class GraphReader:
         key = self.fingerprint(pieces, piece)
         if key not in self.known:
             closed = pieces.jaxpr(piece)
-            types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in piece.inputs]
+            types = [type_of(v) for v in piece.inputs]
             lowered = jax.jit(function_of(closed, "piece"), keep_unused=True).trace(*types).lower()
             module = lowered.compiler_ir("stablehlo")
             stablehlo.annotate(module)
@@ -94,7 +95,7 @@ def compose(
     pieces: Sequence[StagePiece], graphs: Sequence[OpGraph], num_micro_batches: int, accumulated: Mapping[Var, str],
     results: Sequence[Var],
 ) -> Composite:  # fmt: skip
-    """The graph of pieces that share a mesh, in an order in which they can run. `results` leave it at the step's end."""
+    """The graph of pieces that share a mesh, in an order in which they can run; `results` are there at the end."""
     builder = _Composer(float(num_micro_batches), accumulated)
     for piece, graph in zip(pieces, graphs, strict=True):
         if not piece.is_micro and piece.kind == "update":

@@ -6,6 +6,7 @@ user whole values.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def layer_loop(trace: Trace) -> int | None:
 def equal_parts(length: int, count: int) -> tuple[int, ...]:
     """`count` lengths that differ by at most one."""
     cuts = [i * length // count for i in range(count + 1)]
-    return tuple(b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    return tuple(b - a for a, b in itertools.pairwise(cuts))
 
 
 def cut_trace(trace: Trace, length: int, lengths: Sequence[int]) -> CutTrace:
@@ -47,9 +48,7 @@ def cut_trace(trace: Trace, length: int, lengths: Sequence[int]) -> CutTrace:
     arguments, starts = _leaves(trace.arguments, split.inputs)
     results, ends = _leaves(trace.results, split.outputs)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in split.jaxpr.jaxpr.invars)
-    stored = tuple(
-        (starts[a] + k, ends[r] + k) for a, r in trace.stored for k in range(len(split.inputs[a] or (0,)))
-    )
+    stored = tuple((starts[a] + k, ends[r] + k) for a, r in trace.stored for k in range(len(split.inputs[a] or (0,))))
     donated = tuple(starts[i] + k for i in trace.donated_leaves for k in range(len(split.inputs[i] or (0,))))
     batch = tuple(starts[i] for i in trace.batch)
 
@@ -90,5 +89,3 @@ def _leaves(leaves: Sequence[Leaf], cuts: Sequence[Cuts]) -> tuple[tuple[Leaf, .
             rows = bounds(lengths)
             found.extend(Leaf(f"{leaf.path}[{a}:{b}]", (b - a, *leaf.shape[1:]), leaf.dtype) for a, b in rows)
     return tuple(found), starts
-
-

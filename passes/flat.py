@@ -19,8 +19,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from alpa_like.errors import TraceError
 
 __all__ = [
-    "Flat", "Resizer", "body_of", "cone_of", "equation_flops", "flatten", "function_of", "inner_jaxprs", "nbytes",
-    "reads", "replace_bodies", "split_dims", "sub_jaxpr",
+    "Flat", "Resizer", "body_of", "cone_of", "dtype_of", "equation_flops", "flatten", "function_of", "inner_jaxprs",
+    "nbytes", "reads", "replace_bodies", "scan_counts", "shape_of", "split_dims", "sub_jaxpr",
 ]  # fmt: skip
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_lin")
@@ -186,22 +186,20 @@ def function_of(closed: ClosedJaxpr, name: str) -> Callable[..., Any]:
 
 def nbytes(var: Any) -> float:
     """Bytes of a value; typed random keys count their data."""
-    aval = var.aval
-    if not hasattr(aval, "shape"):
+    if not hasattr(var.aval, "shape"):
         return 0.0
-    size = getattr(aval.dtype, "itemsize", 0) or 8
-    return float(math.prod(aval.shape) * size)
+    return float(math.prod(shape_of(var)) * (getattr(dtype_of(var), "itemsize", 0) or 8))
 
 
 def equation_flops(eqn: JaxprEqn) -> float:
     """Floating-point operations: 2 per multiply-add of contractions, 1 per element of results otherwise."""
     name = eqn.primitive.name
-    out = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
+    out = sum(math.prod(shape_of(v)) for v in eqn.outvars)
     if name == "dot_general":
         (contracting, _), _ = eqn.params["dimension_numbers"]
-        return 2.0 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracting)
+        return 2.0 * out * math.prod(shape_of(eqn.invars[0])[d] for d in contracting)
     if name == "conv_general_dilated":
-        kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+        kernel, spec = shape_of(eqn.invars[1]), eqn.params["dimension_numbers"].rhs_spec
         return 2.0 * out * math.prod(kernel) / max(1, kernel[spec[0]])
     bodies = inner_jaxprs(eqn)
     if not bodies:
@@ -210,11 +208,27 @@ def equation_flops(eqn: JaxprEqn) -> float:
     return float(eqn.params.get("length", 1)) * (max(costs) if name == "cond" else sum(costs))
 
 
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried from turn to turn."""
+    if "ft_in" in eqn.params:  # JAX 0.12 keeps a tree of three parts instead of two counts
+        consts, carries, _ = (len(part) for part in eqn.params["ft_in"].unpack())
+        return consts, carries
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def dtype_of(atom: Any) -> Any:
+    return atom.aval.dtype
+
+
 def split_dims(var: Any, full: Mapping[Any, tuple[int, ...]]) -> list[int]:
     """The dims that are shorter with a micro-batch than with the whole batch."""
     if isinstance(var, Literal):
         return []
-    here = getattr(var.aval, "shape", ())
+    here = shape_of(var)
     return [d for d, (a, b) in enumerate(zip(here, full.get(var, here), strict=True)) if a != b]
 
 
@@ -312,11 +326,11 @@ class Resizer:
         values: dict[Var, Any] = {}
         merged: list[JaxprEqn] = []
         for (mine, value), other in zip(whole.constants.items(), twice.constants, strict=True):
-            if mine.aval.shape == other.aval.shape:
+            if shape_of(mine) == shape_of(other):
                 values[self.made(env, [mine], [mine], None)[0]] = value
                 continue
             held = self.new(mine.aval)
-            values[held], self.full[held] = value, tuple(mine.aval.shape)
+            values[held], self.full[held] = value, shape_of(mine)
             copy = _copy_of(held, value)
             outs = self.made(env, [mine], [other], None)
             merged.append(copy.replace(outvars=list(outs), params=self.sized_params(copy, outs)))
@@ -324,7 +338,7 @@ class Resizer:
         return values, merged
 
     def sized_params(self, eqn: JaxprEqn, outs: Sequence[Var]) -> dict[str, Any]:
-        return {**eqn.params, "shape": tuple(outs[0].aval.shape)} if "shape" in eqn.params else dict(eqn.params)
+        return {**eqn.params, "shape": shape_of(outs[0])} if "shape" in eqn.params else dict(eqn.params)
 
     def made(
         self, env: dict[Any, Any], whole: Sequence[Any], twice: Sequence[Any], eqn: JaxprEqn | None
@@ -332,11 +346,11 @@ class Resizer:
         """New variables with the shapes of the part."""
         found: list[Var] = []
         for mine, other in zip(whole, twice, strict=True):
-            aval, large = mine.aval, tuple(getattr(other.aval, "shape", ()))
-            if large != tuple(getattr(aval, "shape", ())):
-                aval = aval.update(shape=self.sized(tuple(aval.shape), large, eqn))
+            aval, large = mine.aval, shape_of(other)
+            if large != shape_of(mine):
+                aval = aval.update(shape=self.sized(shape_of(mine), large, eqn))
             var = self.new(aval)
-            self.full[var] = large if self.part == self.size else tuple(getattr(mine.aval, "shape", ()))
+            self.full[var] = large if self.part == self.size else shape_of(mine)
             self.twins[var] = mine
             env[mine] = var
             found.append(var)
@@ -387,8 +401,9 @@ class Resizer:
             if not sizes:
                 raise TraceError(
                     f"{p} of {name} ({whole.source_info.name_stack}) depends on the batch size: {found[p]} for "
-                    f"{self.size} examples, {twice.params[p]} for {2 * self.size}. In micro-batches the examples can't be "
-                    "taken or written by their place in the batch; take that out of the step, or use num_micro_batches=1"
+                    f"{self.size} examples, {twice.params[p]} for {2 * self.size}. In micro-batches the examples can't "
+                    "be taken or written by their place in the batch; take that out of the step, or use "
+                    "num_micro_batches=1"
                 )
             found[p] = self.sized(found[p], twice.params[p], whole)
         return found
@@ -413,28 +428,35 @@ def _check_effects(eqn: JaxprEqn) -> None:
 
 def _changes(whole: Any, twice: Any) -> bool:
     """Whether two parameters hold different whole numbers."""
-    if isinstance(whole, tuple | list) and isinstance(twice, tuple | list):
+    if _is_list(whole) and _is_list(twice):
         return len(whole) != len(twice) or any(_changes(a, b) for a, b in zip(whole, twice, strict=True))
-    numbers = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in (whole, twice))
-    return numbers and int(whole) != int(twice)
+    return _is_count(whole) and _is_count(twice) and int(whole) != int(twice)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _grown(whole: Any, twice: Any) -> set[int]:
     """The dims in which two variables differ."""
-    shapes = (getattr(v.aval, "shape", ()) for v in (whole, twice))
+    shapes = (shape_of(v) for v in (whole, twice))
     return {d for d, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b}
 
 
 def _copy_of(held: Var, value: Any) -> JaxprEqn:
     """An equation that makes a copy of a constant. Places in the batch, and equal numbers, are made from nothing."""
-    aval, iota = held.aval, jax.lax.broadcasted_iota
-    if _is_plain(aval.dtype) and np.all(np.asarray(value) == np.asarray(value).flat[0]):
+    shape, dtype, iota = shape_of(held), dtype_of(held), jax.lax.broadcasted_iota
+    if _is_plain(dtype) and np.all(np.asarray(value) == np.asarray(value).flat[0]):
         first = np.asarray(value).flat[0]
-        return _only_equation(jax.make_jaxpr(lambda: jax.lax.full(aval.shape, first, aval.dtype))())
-    for dim in range(len(aval.shape)) if jax.numpy.issubdtype(aval.dtype, np.integer) else ():
-        if np.array_equal(np.asarray(value), np.indices(aval.shape)[dim]):
-            return _only_equation(jax.make_jaxpr(lambda d=dim: iota(aval.dtype, aval.shape, d))())
-    copy = _only_equation(jax.make_jaxpr(jax.numpy.copy)(jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
+        return _only_equation(jax.make_jaxpr(lambda: jax.lax.full(shape, first, dtype))())
+    for dim in range(len(shape)) if jax.numpy.issubdtype(dtype, np.integer) else ():
+        if np.array_equal(np.asarray(value), np.indices(shape)[dim]):
+            return _only_equation(jax.make_jaxpr(lambda d=dim: iota(dtype, shape, d))())
+    copy = _only_equation(jax.make_jaxpr(jax.numpy.copy)(jax.ShapeDtypeStruct(shape, dtype)))
     return copy.replace(invars=[held])
 
 

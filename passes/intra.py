@@ -133,7 +133,7 @@ class ShardingProblem:
 
 
 Spaces = dict[tuple[tuple[int, ...], int, bool], TensorSpace]
-"""Reshard tables by shape, bits and whether collectives travel together; problems with one cost model may share them."""
+"""Reshard tables by shape, bits and whether collectives travel together; one cost model's problems may share them."""
 
 
 def build(

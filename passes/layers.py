@@ -20,6 +20,7 @@ from functools import cached_property
 from jax.extend.core import JaxprEqn, Var
 
 from alpa_like.errors import MethodError, PlanError, TraceError
+from alpa_like.passes.avals import shape_of, size_of
 from alpa_like.passes.batch_rules import Reduced, Same, Split
 from alpa_like.passes.cluster_layers import auto_num_layers, cluster
 from alpa_like.passes.flat import equation_flops, inner_jaxprs, nbytes, reads
@@ -38,7 +39,8 @@ _HEAVY = frozenset(("dot_general", "conv_general_dilated", "scan", "while", "ran
 class Layers:
     """Invariant: the values that a layer reads are made in it, in earlier layers, or by what belongs to no layer.
 
-    `ends` count the forward equations up to the end of each layer; `forward[l]` and `backward[l]` are the equations of layer l in program order; `derived` belong to no layer.
+    `ends` count the forward equations up to the end of each layer; `forward[l]` and `backward[l]` are the equations of
+    layer l in program order; `derived` belong to no layer.
     `after` run once; `owners` gives the layer of arguments, of accumulated values and of what `after` makes of them.
     """
 
@@ -175,7 +177,7 @@ class _Former:
 
     def parameters(self) -> list[Var]:
         statuses = self.program.statuses
-        return [v for v in self.program.inputs if isinstance(statuses[v], Same) and v.aval.shape]
+        return [v for v in self.program.inputs if isinstance(statuses[v], Same) and shape_of(v)]
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -187,7 +189,8 @@ class _Former:
         if boundaries:
             return self.marked(forward)
         cuts = self.cut_bytes(forward)
-        return cluster(flops, cuts, auto_num_layers(flops, cuts) if num_layers is None else num_layers)
+        ends = cluster(flops, cuts, auto_num_layers(flops, cuts) if num_layers is None else num_layers)
+        return tuple(_latest(end, flops, cuts) for end in ends)
 
     def marked(self, forward: list[JaxprEqn]) -> tuple[int, ...]:
         """Where the user's marks end a layer."""
@@ -232,15 +235,18 @@ class _Former:
             for eqn in eqns:
                 for var in (*reads(eqn), *eqn.outvars):
                     self.evidence.setdefault(var, set()).add(number)
-        for eqn in reversed(self.program.micro):
-            if self.kinds[id(eqn)] == "derived":
-                readers = set[int]().union(*(self.evidence.get(v, set()) for v in eqn.outvars))
-                for var in reads(eqn):
-                    self.evidence.setdefault(var, set()).update(readers)
+        derived = [e for e in self.program.micro if self.kinds[id(e)] == "derived"]
+        self.trace_derived(derived)
+
+    def trace_derived(self, derived: list[JaxprEqn]) -> None:
+        for eqn in reversed(derived):
+            readers = set[int]().union(*(self.evidence.get(v, set()) for v in eqn.outvars))
+            for var in reads(eqn):
+                self.evidence.setdefault(var, set()).update(readers)
         for var in self.rootless():
             self.evidence.pop(var, None)
-        for eqn in self.program.micro:  # a backward pass casts and transposes parameters for itself
-            if self.kinds[id(eqn)] == "derived" and not any(v in self.evidence for v in eqn.outvars):
+        for eqn in derived:  # a backward pass casts and transposes parameters for itself
+            if not any(v in self.evidence for v in eqn.outvars):
                 arrays = [self.evidence[v] for v in reads(eqn) if self.evidence.get(v)]
                 if arrays:
                     self.evidence.update((v, set(arrays[0])) for v in eqn.outvars)
@@ -323,9 +329,9 @@ class _Former:
             return var
 
         for eqn in after:
-            wide = [v for v in (*reads(eqn), *eqn.outvars) if getattr(v.aval, "shape", ()) and v.aval.size > 1]
+            wide = [v for v in (*reads(eqn), *eqn.outvars) if shape_of(v) and size_of(v) > 1]
             for var in wide[1:]:
-                if var.aval.shape == wide[0].aval.shape:
+                if shape_of(var) == shape_of(wide[0]):
                     parents[root(var)] = root(wide[0])
         known: dict[Var, int] = {}
         for var in (*accumulated, *self.parameters()):
@@ -336,6 +342,15 @@ class _Former:
             [*self.program.inputs, *accumulated, *(v for e in after for v in e.outvars), *list(parents)]
         )
         return {v: known[root(v)] for v in everyone if root(v) in known}
+
+
+def _latest(end: int, flops: Sequence[float], cuts: Sequence[float]) -> int:
+    """The last end before the next heavy equation where no more bytes cross.
+
+    So biases, activation functions and norms stay with the matmul in front of them, as in the model.
+    """
+    light = itertools.takewhile(lambda k: not flops[k], range(end, len(cuts)))
+    return max((k + 1 for k in light if cuts[k] <= cuts[end - 1]), default=end)
 
 
 def is_boundary(eqn: JaxprEqn) -> bool:
@@ -349,6 +364,10 @@ def check_gradient(layers: Layers, schedule: str) -> None:
         raise TraceError(
             f"the schedule {schedule!r} needs a backward pass, but the step computes no gradient; use "
             'PipeshardParallel(schedule="inference"), or take jax.grad inside the step'
+        )
+    if schedule == "inference" and any(layers.backward):
+        raise TraceError(
+            'the schedule "inference" runs forward only, but the step computes a gradient; use "1f1b" or "auto"'
         )
 
 

@@ -38,7 +38,7 @@ class Liveness:
     graph: OpGraph
     donated: frozenset[tuple[int, int]]
     batch: frozenset[int] = frozenset()
-    segments: Segments = Segments()
+    segments: Segments = field(default_factory=Segments)
     kept: frozenset[int] = frozenset()
     copies: Mapping[int, float] = field(default_factory=dict[int, float])
 

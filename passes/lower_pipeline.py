@@ -26,6 +26,7 @@ from jax.extend.core import Var
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from alpa_like.errors import PlanError
+from alpa_like.passes.avals import dtype_of, type_of
 from alpa_like.passes.batch_rules import Same
 from alpa_like.passes.flat import function_of
 from alpa_like.passes.layers import form_layers
@@ -138,7 +139,7 @@ class _Lowerer:
     def needs_finish(self, var: Var) -> bool:
         """Whether the total is not simply what was accumulated."""
         _, a = self.accumulators[var]
-        return bool(a.axes) or a.spec != a.total or accumulated_dtype(var) != var.aval.dtype
+        return bool(a.axes) or a.spec != a.total or accumulated_dtype(var) != dtype_of(var)
 
     # ----------------------------------------------------------------------------------------------- programs
 
@@ -242,7 +243,7 @@ class _Lowerer:
         inputs = [self.sharding(stage, p.spec) for p in stage.inputs]
         inputs += [self.accumulator_sharding(stage, a) for a in accumulators]
         outputs = [self.sharding(stage, p.spec) for p in stage.outputs]
-        types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in piece.inputs]
+        types = [type_of(v) for v in piece.inputs]
         for a in accumulators:
             outputs[a.result] = self.accumulator_sharding(stage, a)
             types.append(accumulator_type(piece.outputs[a.result], a, stage))
@@ -271,7 +272,7 @@ class _Lowerer:
 
         def finish(*shares: jax.Array) -> list[jax.Array]:
             pairs = zip(shares, made, strict=True)
-            return [x.sum(tuple(range(len(a.axes)))).astype(v.aval.dtype) for x, (v, a) in pairs]
+            return [x.sum(tuple(range(len(a.axes)))).astype(dtype_of(v)) for x, (v, a) in pairs]
 
         step = jax.jit(
             finish,

@@ -18,6 +18,7 @@ from alpa_like.cost import CostModel
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import dtype_bits
 from alpa_like.passes.assignment import Costs, Solution
+from alpa_like.passes.avals import dtype_of
 from alpa_like.passes.batch_rules import Same, Split, Status
 from alpa_like.passes.compose import Composite
 from alpa_like.passes.groups import ACCUMULATE, Groups, form_groups
@@ -25,7 +26,7 @@ from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spac
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pieces import StagePiece
 from alpa_like.passes.pins import PinWriter
-from alpa_like.passes.solve import least_memory, solve
+from alpa_like.passes.solve import estimate, least_memory, solve
 from alpa_like.plan import bytes_text
 
 __all__ = ["MeshProblem", "MeshSolution", "SolverOptions"]
@@ -116,7 +117,7 @@ class MeshProblem:
 
     def restrictions(self) -> Restrictions:
         """Typed random keys stay whole: their data has a dim that their type does not show."""
-        keys = [v for v in (*self.composite.tensors, *self.composite.totals) if str(v.aval.dtype).startswith("key<")]
+        keys = [v for v in (*self.composite.tensors, *self.composite.totals) if str(dtype_of(v)).startswith("key<")]
         tensors: dict[tuple[int, str], Spec] = {}
         for var in keys:
             tensor = self.composite.tensors[var]
@@ -147,8 +148,13 @@ class MeshProblem:
         options: SolverOptions,
         price_s_per_byte: float,
         spaces: Spaces | None = None,
+        *,
+        exact: bool = True,
     ) -> MeshSolution:
-        """The best sharding where bytes that are held all step, or per micro-batch in flight, cost seconds."""
+        """The best sharding where bytes that are held all step, or per micro-batch in flight, cost seconds.
+
+        Where it is not to be `exact`, a good one does that is found faster.
+        """
         liveness = self.liveness(in_flight)
         problem = build(self.groups, cost, liveness, self.restrictions(), spaces)
         base = replace(problem.problem, usages=())
@@ -157,7 +163,8 @@ class MeshProblem:
             for usage in problem.lasting:
                 unary[usage.node] += price_s_per_byte * usage.bytes
             base = replace(base, unary=tuple(_interned(unary)))
-        solution = solve(base, solver=options.solver, time_limit_s=options.time_limit_s)
+        find = solve if exact else estimate
+        solution = find(base, solver=options.solver, time_limit_s=options.time_limit_s)
         return MeshSolution(self, cost, liveness, problem, solution)
 
 
@@ -205,7 +212,7 @@ class MeshSolution:
         return max(self.mesh.composite.segments.counts) if piece.is_micro else 1.0
 
     def _by_piece(self, seconds: Sequence[float]) -> list[float]:
-        """Sums over the ops of each piece. Adding a micro-batch's gradient counts to the backward piece that makes it."""
+        """Sums over the ops of each piece. Adding up a gradient counts to the backward piece that makes it."""
         ops = self.mesh.composite.graph.ops
         made = {t: i for i, op in enumerate(ops) for t in op.results}
         totals = [0.0] * len(self.mesh.composite.pieces)

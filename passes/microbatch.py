@@ -52,8 +52,20 @@ from alpa_like.passes.batch_rules import (
     rule,
     split_dims,
     touches,
-)  # fmt: skip
-from alpa_like.passes.flat import Flat, Resizer, body_of, cone_of, flatten, inner_jaxprs, reads, replace_bodies
+)
+from alpa_like.passes.flat import (
+    Flat,
+    Resizer,
+    body_of,
+    cone_of,
+    dtype_of,
+    flatten,
+    inner_jaxprs,
+    reads,
+    replace_bodies,
+    scan_counts,
+    shape_of,
+)
 from alpa_like.tracer import Trace
 
 __all__ = ["MicroProgram", "split_batch"]
@@ -84,7 +96,10 @@ class MicroProgram:
 
 
 def split_batch(trace: Trace, num_micro_batches: int, *, statistics: str = "error") -> MicroProgram:
-    """Cut a step into micro-batches. `statistics`: "error", or "micro_batch" to take batch statistics per micro-batch."""
+    """Cut a step into micro-batches.
+
+    With statistics="micro_batch" batch statistics are taken per micro-batch; otherwise they are a `TraceError`.
+    """
     size = batch_size(trace)
     if num_micro_batches < 1 or size % num_micro_batches or not size:
         raise MethodError(
@@ -111,8 +126,8 @@ def batch_size(trace: Trace) -> int:
     if len(sizes) != 1:
         found = ", ".join(f"{path} {shape}" for path, shape in list(shapes.items())[:4]) or "none"
         raise MethodError(
-            f"micro-batches need batch arguments with one common dim 0, but {trace.name} has {found}; name the batch in "
-            "batch_argnums"
+            f"micro-batches need batch arguments with one common dim 0, but {trace.name} has {found}; name the batch "
+            "in batch_argnums"
         )
     return sizes.pop()
 
@@ -123,8 +138,8 @@ def _retraced(trace: Trace, size: int) -> ClosedJaxpr:
     except Exception as error:  # whatever the user's function raises for another batch size
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TraceError(
-            f"{trace.name} can't be traced for a batch of {size} examples: {line}. Micro-batches need a step that takes "
-            "its batch size from the arguments' shapes instead of a constant"
+            f"{trace.name} can't be traced for a batch of {size} examples: {line}. Micro-batches need a step that "
+            "takes its batch size from the arguments' shapes instead of a constant"
         ) from error
 
 
@@ -136,7 +151,7 @@ class _OpenRemat(Exception):  # noqa: N818 - a request, not an error
         self.number = number
 
 
-# ------------------------------------------------------------------------------------------ what is shared, split, summed
+# --------------------------------------------------------------------------------- what is shared, split, summed
 
 
 class _Analysis:
@@ -196,11 +211,12 @@ class _Analysis:
         return [Same() if isinstance(v, Literal) else self.statuses[v] for v in eqn.invars]
 
     def keep(self, eqn: JaxprEqn, found: Sequence[Status]) -> None:
-        self.add([eqn] if self.count == 1 else self.writer.written(eqn, self.given(eqn), self.index))
+        written = [eqn] if self.count == 1 else self.writer.written(eqn, self.given(eqn), self.index)
+        self.add(written, Same())
         for var, status in zip(eqn.outvars, found, strict=True):
             self.statuses[var] = Same() if var in self.prepared else status
 
-    def add(self, equations: Sequence[JaxprEqn], otherwise: Status = Same()) -> None:
+    def add(self, equations: Sequence[JaxprEqn], otherwise: Status) -> None:
         """More equations. What has no batch dim is `otherwise`."""
         for eqn in equations:
             self.equations.append(eqn)
@@ -230,23 +246,20 @@ class _Analysis:
 
     def alone(self, eqn: JaxprEqn, found: Mixed) -> list[Status]:
         """With one micro-batch examples may be mixed: its shares are all there is."""
-        statuses = [self.alone_status(v) for v in eqn.outvars]
-        if self.count > 1 or None in statuses:
+        if self.count > 1:
             where = f"{eqn.primitive.name} ({eqn.source_info.name_stack})"
             raise TraceError(
                 f"{self.trace.name} can't run in {self.count} micro-batches: at {where} {found.reason}, so the result "
                 "would differ from that of the whole batch. Use num_micro_batches=1, or, for batch statistics such as "
                 'BatchNorm\'s, say PipeshardParallel(batch_statistics="micro_batch") to take them per micro-batch'
             )
-        return [s for s in statuses if s is not None]
+        return [self.alone_status(v) for v in eqn.outvars]
 
-    def alone_status(self, var: Var) -> Status | None:
+    def alone_status(self, var: Var) -> Status:
         dims = split_dims(var, self.full)
-        if dims:
-            return Split(dims[0])
-        if not _is_number(var):
-            return None
-        return Reduced("or" if var.aval.dtype == jnp.bool_ else "add")
+        if dims or not _is_number(var):
+            return Split(dims[0]) if dims else Own()
+        return Reduced("or" if dtype_of(var) == jnp.bool_ else "add")
 
     def prepare(self, crossing: list[Var]) -> bool:
         """Whether these values follow from the batch without any parameter: then they are computed beforehand."""
@@ -260,7 +273,7 @@ class _Analysis:
         cone, read = cone_of(self.whole_makers, [twin])
         batch = set(self.trace.batch)
         given = [v for i, v in enumerate(self.whole.inputs) if i not in batch]
-        parameters = [v for v in given if v in read and v.aval.shape and jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+        parameters = [v for v in given if v in read and shape_of(v) and jnp.issubdtype(dtype_of(v), jnp.inexact)]
         heavy = ("dot_general", "conv_general_dilated", "while", "scan")
         return not parameters and not any(e.primitive.name in heavy for e in cone)
 
@@ -284,15 +297,14 @@ class _Analysis:
         """
         if self.count == 1 or not self.taken or not any(isinstance(s, After) for s in found):
             return False
-        floats = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+        floats = all(jnp.issubdtype(dtype_of(v), jnp.inexact) for v in eqn.outvars)
         return floats and _is_differentiated(eqn) and any(v in self.taken for v in (*reads(eqn), *eqn.outvars))
 
     def average(self, eqn: JaxprEqn) -> None:
         """The mean of what the equation makes of each micro-batch's statistics."""
         self.copy_locally(eqn)
         for var in eqn.outvars:
-            self.add(self.scaled(self.local[var], var, lambda x: x / np.asarray(self.count, x.dtype)))
-            self.statuses[var] = Reduced("add")
+            self.add(self.scaled(self.local[var], var, self.share), Reduced("add"))
 
     def localized(self, atom: Any) -> Any:
         """The micro-batch's own version: of a sum, its share as often as there are micro-batches."""
@@ -307,6 +319,9 @@ class _Analysis:
             else:
                 self.copy_locally(self.makers[atom])
         return self.local[atom]
+
+    def share(self, local: Any) -> Any:
+        return local / np.asarray(self.count, local.dtype)
 
     def times(self, share: Any) -> Any:
         return share * np.asarray(self.count, share.dtype)
@@ -356,16 +371,17 @@ class _Analysis:
     def hand_over(self, kinds: dict[int, str], read: list[Var]) -> None:
         """Equal values that equations on the examples make besides (a loop's counter): any maximum of them will do."""
         for var in read:
-            maker = self.makers.get(var)
-            if maker is None or var in self.prepared or not isinstance(self.statuses[var], Same):
+            maker, status = self.makers.get(var), self.statuses[var]
+            if maker is None or var in self.prepared or kinds[id(maker)] != "micro":
                 continue
-            if kinds[id(maker)] == "micro":
-                if not _is_number(var):
-                    raise TraceError(
-                        f"{maker.primitive.name} ({maker.source_info.name_stack}) works on the examples and returns a "
-                        f"{var.aval.dtype} for the next step; make that one outside of it"
-                    )
+            equal = isinstance(status, Same) or (isinstance(status, Own) and self.count == 1)
+            if equal and _is_number(var):
                 self.statuses[var] = Reduced("max")
+            elif isinstance(status, Same | Own):
+                raise TraceError(
+                    f"{maker.primitive.name} ({maker.source_info.name_stack}) works on the examples and returns a "
+                    f"{dtype_of(var)} besides, which the update can't be given; make that one outside of it"
+                )
 
     def kind(self, eqn: JaxprEqn) -> str:
         found = [self.statuses[v] for v in eqn.outvars]
@@ -402,7 +418,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _is_number(var: Any) -> bool:
-    return not jnp.issubdtype(var.aval.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(dtype_of(var), jax.dtypes.extended)
 
 
 def _is_differentiated(eqn: JaxprEqn) -> bool:
@@ -460,7 +476,7 @@ class _Writer:
 
     def cut(self, whole: Var, out: Var, near: JaxprEqn, index: _Index) -> list[JaxprEqn]:
         dim = split_dims(out, self.resizer.full)[0]
-        size = out.aval.shape[dim]
+        size = shape_of(out)[dim]
         return self.traced(
             lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * size, size, dim), [whole, index()], out, near
         )
@@ -469,7 +485,7 @@ class _Writer:
         """A gather or scatter whose places in the batch count from the micro-batch's first row on."""
         row = given[0]
         assert isinstance(row, Split)
-        part, old = eqn.invars[0].aval.shape[row.dim], eqn.invars[1]
+        part, old = shape_of(eqn.invars[0])[row.dim], reads(eqn)[1]
         new = self.resizer.new(old.aval)
         self.resizer.full[new] = self.resizer.full[old]
 
@@ -482,14 +498,14 @@ class _Writer:
 
     def traced(self, fun: Callable[..., Any], inputs: list[Any], out: Var, near: JaxprEqn) -> list[JaxprEqn]:
         """The equations of `out = fun(*inputs)`, with the name stack of `near`."""
-        closed = jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs))
+        closed = jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in inputs))
         flat = flatten(closed)
         env: dict[Any, Any] = {**dict(zip(flat.inputs, inputs, strict=True)), flat.outputs[0]: out}
         made: list[JaxprEqn] = []
         for eqn in flat.equations:
             for var in eqn.outvars:
                 new = env.setdefault(var, self.resizer.new(var.aval))
-                self.resizer.full.setdefault(new, tuple(var.aval.shape))
+                self.resizer.full.setdefault(new, shape_of(var))
             operands = [v if isinstance(v, Literal) else env[v] for v in eqn.invars]
             outs = [env[v] for v in eqn.outvars]
             made.append(eqn.replace(invars=operands, outvars=outs, source_info=near.source_info))
@@ -530,8 +546,9 @@ def _with_index(eqn: JaxprEqn, bodies: list[ClosedJaxpr], inner: list[_Index], i
     params, count = dict(eqn.params), len(eqn.invars)
     match eqn.primitive.name:
         case "scan":
-            places = inside = [params["num_consts"]]
-            params["num_consts"] += 1
+            consts, carries = scan_counts(eqn)
+            places = inside = [consts]
+            params |= _scan_operands(consts + 1, carries, count - consts - carries)
         case "while":
             inside = [params["cond_nconsts"], params["body_nconsts"]]
             places = [inside[0], inside[0] + 1 + inside[1]]
@@ -545,6 +562,16 @@ def _with_index(eqn: JaxprEqn, bodies: list[ClosedJaxpr], inner: list[_Index], i
         operands.insert(place, index)
     told = [_told(body, own(), place) for body, own, place in zip(bodies, inner, inside, strict=True)]
     return eqn.replace(invars=operands, params=replace_bodies(params, told))
+
+
+def _scan_operands(consts: int, carries: int, rows: int) -> dict[str, Any]:
+    """The parameters by which a scan counts its operands, as this JAX has them."""
+
+    def scan(given: Any, carry: Any, xs: Any) -> Any:
+        return jax.lax.scan(lambda c, x: ([a + 1 for a in c], sum([*given, *x])), carry, xs, length=1)
+
+    (eqn,) = jax.make_jaxpr(scan)([0.0] * consts, [0.0] * carries, [np.zeros(1)] * rows).eqns
+    return {name: eqn.params[name] for name in ("ft_in", "num_consts") if name in eqn.params}
 
 
 def _told(body: ClosedJaxpr, index: Var, place: int) -> ClosedJaxpr:

@@ -70,9 +70,9 @@ def narrow(
     for _ in range(_ROUNDS):
         for _ in range(_SWEEPS):
             bound.sweep()
-        promising = restrict(problem, bound.promising(target))
+        chosen = restrict(problem, bound.promising(target))
         try:
-            found = promising.expand(solve(promising.problem).choice)
+            found = chosen.expand(solve(chosen.problem).choice)
             best = min(best, (problem.cost(found), found))
         except (InfeasibleError, SolverError):
             pass  # the promising choices exclude each other or need too much memory; more sweeps tell them apart better
@@ -80,6 +80,14 @@ def narrow(
         if flow_entries(restrict(problem, bound.alive).problem) <= target:
             break
     return restrict(problem, bound.alive)
+
+
+def promising(problem: AssignmentProblem, target: int) -> Narrowed:
+    """About `target` flow variables of the choices that the dual bound holds promising; the optimum may be lost."""
+    bound = _Bound.of(problem, {})
+    for _ in range(_SWEEPS):
+        bound.sweep()
+    return restrict(problem, bound.promising(target))
 
 
 def restrict(problem: AssignmentProblem, choices: Sequence[_Choices]) -> Narrowed:

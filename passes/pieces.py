@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core import Literal as Constant
 
+from alpa_like.passes.avals import size_of
 from alpa_like.passes.flat import reads, sub_jaxpr
 from alpa_like.passes.layers import Layers
 
@@ -232,7 +233,7 @@ class _Former:
     def update_mesh(self, eqn: JaxprEqn, own: dict[Var, tuple[int, int]]) -> int:
         """That of the parameter; for numbers that come from one mesh that one, else the first."""
         for var in (*eqn.outvars, *reads(eqn)):
-            if var in self.layers.owners and var.aval.size > 1:
+            if var in self.layers.owners and size_of(var) > 1:
                 return self.mesh_of(var, 0)
         meshes = {own[v][1] for v in reads(eqn) if v in own}
         meshes |= {self.mesh_of(v, 0) for v in reads(eqn) if v in self.layers.accumulated}

@@ -25,7 +25,7 @@ class PinWriter:
     cost: CostModel
     decision: Decision
     liveness: Liveness
-    segments: Segments = Segments()
+    segments: Segments = field(default_factory=Segments)
     spaces: Spaces = field(default_factory=dict[Any, Any])
     routes: dict[object, tuple[Move, ...]] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from alpa_like.cluster import Cluster
 from alpa_like.cost import RingCost
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import skeleton
+from alpa_like.passes.avals import shape_of
 from alpa_like.passes.compose import Composite, GraphReader, compose
 from alpa_like.passes.layers import Layers
 from alpa_like.passes.layouts import PARTIAL
@@ -281,7 +282,7 @@ class _PlanWriter:
                 replace(s, op=s.op - first, splits=_shifted(s, first))
                 for s in self.sums(piece.mesh)
                 if first <= s.op < last
-            ),  # fmt: skip
+            ),
             tuple(self.accumulators(piece, first)),
             skeleton(composite.graph, first, last),
         )
@@ -312,7 +313,7 @@ class _PlanWriter:
         total = not piece.is_micro and var in composite.totals
         tensor = composite.totals[var] if total else composite.tensors[var]
         leaves = tensor in composite.graph.results and (tensor, "out") in solution.decision.layouts
-        return solution.writer.spec(tensor, "out" if leaves else "home")[: len(var.aval.shape)]
+        return solution.writer.spec(tensor, "out" if leaves else "home")[: len(shape_of(var))]
 
     def accumulators(self, piece: StagePiece, first: int) -> list[Accumulator]:
         solution = self.solutions[piece.mesh]

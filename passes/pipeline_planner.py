@@ -1,4 +1,4 @@
-"""Trace and `PipeshardParallel` → `Plan`: chooses micro-batches, layers, stages, submeshes, schedule, rematerialization.
+"""Trace and `PipeshardParallel` → `Plan`: chooses micro-batches, layers, stages, submeshes, schedule and remat.
 
 Contract
     Input: a `Trace`, a `Cluster`, a `PipeshardParallel`. Output: a verified `Plan` with a pipeline.
@@ -84,22 +84,28 @@ def _one_loop_per_stage(
     plan: Plan,
     scan: tuple[int, tuple[int, ...]],
 ) -> Plan:
+    """The plan with the loops of each stage joined. Layers that are computed again stay loops of their own: what enters
+    each of them is kept."""
     pipeline = plan.pipeline
     assert pipeline is not None
+    parts = replace(plan, pipeline=replace(pipeline, scan=scan))
     length, lengths = scan
     counts = loops_by_layer(planner.layers(pipeline.num_micro_batches), lengths)
     stages = [sum(counts[s.first : s.last + 1]) for s in pipeline.stages]
-    if sum(stages) != len(lengths):
-        return replace(plan, pipeline=replace(pipeline, scan=scan))
+    if sum(stages) != len(lengths) or any(s.remat for s in pipeline.stages):
+        return parts
     ends = list(itertools.accumulate(stages))
     merged = tuple(sum(lengths[a:b]) for a, b in zip((0, *ends[:-1]), ends, strict=True) if b > a)
     whole = _Planner(cut_trace(trace, length, merged).trace, cluster, method)
     layers = whole.layers_by_loop(pipeline.num_micro_batches, [1 if n else 0 for n in stages], merged)
     if layers is None:
-        return replace(plan, pipeline=replace(pipeline, scan=scan))
+        return parts
     whole.costs(layers)
     specs = [replace(s, first=i, last=i) for i, s in enumerate(planner.specs)]
-    final = whole.written(layers, specs, pipeline.schedule)
+    try:
+        final = whole.written(layers, specs, pipeline.schedule)
+    except InfeasibleError:
+        return parts
     assert final.pipeline is not None
     return replace(final, pipeline=replace(final.pipeline, scan=(length, merged)))
 
@@ -258,8 +264,8 @@ class _Planner:
         number = None if option.num_stages == "auto" else option.num_stages
         if number is not None and number > layers.count:
             raise MethodError(
-                f"{number} stages were asked for, but the model has {layers.count} layers; ask for fewer stages, or for "
-                f"more layers with AutoLayerOption(layer_num={number})"
+                f"{number} stages were asked for, but the model has {layers.count} layers; ask for fewer stages, or "
+                f"for more layers with AutoLayerOption(layer_num={number})"
             )
         return search(
             layers.count, self.cluster, count, costs, costs.budget, in_flight=_in_flight(name), num_stages=number
@@ -307,8 +313,8 @@ class _Planner:
         named = option.forward_stage_layer_ids[-1][-1] + 1
         if named != layers.count:
             raise MethodError(
-                f"the stages name layers 0 to {named - 1}, but the model has {layers.count}; name each of them once, or "
-                f"ask for {named} with AutoLayerOption(layer_num={named})"
+                f"the stages name layers 0 to {named - 1}, but the model has {layers.count}; name each of them once, "
+                f"or ask for {named} with AutoLayerOption(layer_num={named})"
             )
         found: list[StageSpec] = []
         start = 0
@@ -338,8 +344,8 @@ class _Planner:
             )
         if straddles or (hosts > 1 and (per_host != whole or start % whole)):
             raise MethodError(
-                f"the submesh of stage {stage}, {hosts} × {per_host} from device {start} on, does not lie on whole hosts "
-                f"or inside one of {whole} devices; order the stages so that each does"
+                f"the submesh of stage {stage}, {hosts} × {per_host} from device {start} on, does not lie on whole "
+                f"hosts or inside one of {whole} devices; order the stages so that each does"
             )
         product = 1
         for n in logical or (size,):
@@ -356,13 +362,13 @@ class _Planner:
         meshes = self.uniform_meshes(stages, interleaved)
         if stages > layers.count:
             raise MethodError(
-                f"{stages} stages were asked for, but the model has {layers.count} layers; ask for fewer stages, or for "
-                f"more layers with AutoLayerOption(layer_num={stages})"
+                f"{stages} stages were asked for, but the model has {layers.count} layers; ask for fewer stages, or "
+                f"for more layers with AutoLayerOption(layer_num={stages})"
             )
         if devices % meshes:
             raise MethodError(
-                f"{stages} equal stages can't share {devices} devices; choose a number of stages that divides {devices}, or "
-                "ManualStageOption"
+                f"{stages} equal stages can't share {devices} devices; choose a number of stages that divides it, "
+                "or ManualStageOption"
             )
         each = devices // meshes
         whole = self.cluster.devices_per_host

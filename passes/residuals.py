@@ -8,6 +8,7 @@ what is too costly to do again and what the backward pass reads (as in min-cut p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import networkx as nx
 from jax.extend.core import JaxprEqn, Var
@@ -92,9 +93,9 @@ def cheap_again(forward: Sequence[JaxprEqn], needed: Iterable[Var], free: set[Va
     return _cone([v for v in goals if v not in kept], {v: e for v, e in again.items() if v not in kept})
 
 
-def _graph(goals: Sequence[Var], made: dict[Var, JaxprEqn], again: dict[Var, JaxprEqn], free: set[Var]) -> nx.DiGraph:
+def _graph(goals: Sequence[Var], made: dict[Var, JaxprEqn], again: dict[Var, JaxprEqn], free: set[Var]) -> Any:
     """Every value has an edge as wide as it is large; equations that may be done again join values without limit."""
-    graph = nx.DiGraph()
+    graph: Any = nx.DiGraph()
     pending, seen = list(goals), set[Var]()
     for var in goals:
         graph.add_edge(("out", var), "goal", capacity=_LIMITLESS)

@@ -20,15 +20,18 @@ from alpa_like.passes import ilp
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution, Usage
 from alpa_like.passes.eliminate import eliminate
 from alpa_like.passes.fold import Folded, fold
-from alpa_like.passes.narrow import Prices, flow_entries, narrow, priced
+from alpa_like.passes.narrow import Prices, flow_entries, narrow, priced, promising
 
-__all__ = ["least_memory", "solve"]
+__all__ = ["estimate", "least_memory", "solve"]
 
 _NARROW_ABOVE = 20_000
 """Flow variables that HiGHS handles in well under a second."""
 
 _CLOSE_ENOUGH = 1e-6
 """Relative gap at which a solution counts as optimal: that of the solver's own tolerances."""
+
+_ESTIMATED_BY = (2_000, 10_000)
+"""Flow variables of the integer programs that `estimate` solves, the larger one where the smaller has no solution."""
 
 _CUTS = 12
 _MAX_TIMES = 8
@@ -48,6 +51,25 @@ def solve(
     if not search.fits(solution.choice):
         solution = search.limited(solution)
     return replace(solution, seconds=time.perf_counter() - search.start)
+
+
+def estimate(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0) -> Solution:
+    """A good solution, without a memory limit and without proof: the optimum where elimination finds it, else the best
+    of the choices that the dual bound holds most promising."""
+    start = time.perf_counter()
+    reduced = eliminate(replace(problem, usages=()))
+    if not reduced.kept:
+        choice = reduced.expand(())
+        return Solution("optimal", choice, problem.cost(choice), problem.cost(choice), 0.0, 0, "elimination")
+    for target in _ESTIMATED_BY:
+        few = promising(reduced.problem, target)
+        try:
+            found = ilp.solve(few.problem, solver=solver, time_limit_s=time_limit_s)
+        except (InfeasibleError, SolverError):
+            continue  # the promising choices exclude each other
+        choice = reduced.expand(few.expand(found.choice))
+        return replace(found, choice=choice, cost=problem.cost(choice), seconds=time.perf_counter() - start)
+    return solve(replace(problem, usages=()), solver=solver, time_limit_s=time_limit_s)
 
 
 def least_memory(problem: AssignmentProblem) -> float:

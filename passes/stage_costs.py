@@ -134,7 +134,7 @@ class LayerCosts:
         return _pareto(found)
 
     def state_bytes(self, first: int, last: int) -> float:
-        """Bytes of the state that belongs to some layers."""
+        """Bytes of the state of some layers and of what they accumulate, which no plan can do without."""
         return sum(self.layer_bytes[first : last + 1])
 
     @cached_property
@@ -143,6 +143,8 @@ class LayerCosts:
         for i, var in enumerate(self.layers.program.inputs):
             if i not in set(self.trace.batch):
                 found[self.layers.owners.get(var, 0)] += nbytes(var)
+        for var in self.layers.accumulated:
+            found[self.layers.owners.get(var, 0)] += nbytes(var)
         return found
 
     def lower_bound_s(self, first: int, last: int, submesh: Submesh) -> float:
@@ -198,7 +200,10 @@ class LayerCosts:
         return found
 
     def peaks(self, first: int, last: int, submesh: Submesh, tag: Tag) -> float:
-        return max(self.alone(n, submesh, tag).peak_bytes for n in range(first, last + 1))
+        key = (submesh, tag, "peaks")
+        if key not in self.sums:
+            self.sums[key] = [self.alone(n, submesh, tag) for n in range(self.layers.count)]
+        return max(m.peak_bytes for m in self.sums[key][first : last + 1])
 
     def alone(self, layer: int, submesh: Submesh, tag: Tag) -> _Measure:
         measure = self.measure((layer,), submesh, tag)
@@ -228,7 +233,8 @@ class LayerCosts:
         stages = sorted(set(problem.held.values()))
         price = tag.price * self.ideal_s / self.budget
         self.solves += 1
-        return _measured(problem.price(cost, dict.fromkeys(stages, flying), self.options_, price, spaces), flying)
+        solution = problem.price(cost, dict.fromkeys(stages, flying), self.options_, price, spaces, exact=False)
+        return _measured(solution, flying)
 
     @cached_property
     def ideal_s(self) -> float:

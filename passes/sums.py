@@ -42,7 +42,7 @@ def hold_back(reading: Reading, total: PartialSum, stage: StagePlan, attribute: 
 def hold_share(
     reading: Reading, share: Accumulator, stage: StagePlan, attribute: Callable[[Spec], Any], returned: Any
 ) -> None:
-    """Add each device's own summand to the accumulator: replaces the pad that stands for them (`passes.lower_pipeline`)."""
+    """Add each device's own summand to the accumulator, in place of the pad that stands for them."""
     pad = returned.operands[share.result].owner.operands[1].owner
     if pad.name == "stablehlo.convert":
         pad = pad.operands[0].owner

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, assert_never, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from alpa_like.placement import Given, LoweredPipeline, Returned, matching
 from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
 from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Run, Send
 from alpa_like.runtime.interpreter import Event, Interpreter
 from alpa_like.runtime.local import LocalTransport
+from alpa_like.schedule import Kind, Task
 from alpa_like.simulate import Event as TraceEvent
 from alpa_like.simulate import write_trace
 from alpa_like.tracer import Trace
@@ -41,7 +44,7 @@ class PipelineExecutable(Executable):
         transfers = {r: LocalTransport(t, devices, dtype) for r, (t, dtype) in lowered.transfers.items()}
         self._interpreter = Interpreter(lowered.programs, lowered.pieces, transfers, lowered.names)
         self._given = tuple(lowered.given[key] for key in self._interpreter.given)
-        self._feed = _Feed(self._cuts.numbers(trace.batch), self._given)
+        self._feed = _Feed(lowered.arguments, self._given)
         places = {key: i for i, key in enumerate(self._interpreter.returned)}
         self._collect = _Collect(lowered.returned, places)
         self._wanted = self._cuts.places(lowered.arguments, self._cuts.inputs)
@@ -137,12 +140,8 @@ class PipelineExecutable(Executable):
 
     def crossing_bytes(self) -> int:
         """Bytes that cross between meshes in a step, over all links."""
-        counts: dict[Any, int] = {}
-        for program in self._lowered_pipeline.programs:
-            for instruction in program.instructions:
-                route = getattr(instruction, "transfer", None)
-                if route is not None and hasattr(instruction, "target"):
-                    counts[route] = counts.get(route, 0) + 1
+        every = (i for p in self._lowered_pipeline.programs for i in p.instructions)
+        counts = Counter(i.transfer for i in every if isinstance(i, Send))
         return sum(self._lowered_pipeline.transfers[r][0].crossing_bytes * n for r, n in counts.items())
 
     def memory_bytes(self) -> int:
@@ -154,9 +153,9 @@ class PipelineExecutable(Executable):
         found: dict[str, tuple[int, int]] = {}
         for program in self._lowered_pipeline.programs:
             for instruction in program.instructions:
-                name = getattr(instruction, "piece", None)
-                if name is not None:
-                    found[name] = (program.mesh, found.get(name, (0, 0))[1] + 1)
+                if isinstance(instruction, Run):
+                    count = found.get(instruction.piece, (0, 0))[1]
+                    found[instruction.piece] = (program.mesh, count + 1)
         return found
 
     def __repr__(self) -> str:
@@ -165,9 +164,18 @@ class PipelineExecutable(Executable):
         return f"PipelineExecutable({self._trace.name}, {stages} stages, {self.plan.method})"
 
 
+_TASK = re.compile(r"(forward|backward|input_grad|weight_grad) (\d+) of micro-batch (\d+)")
+
+
 def _shown(event: Event) -> TraceEvent:
-    kind = event.label.split(" ")[0]
-    return TraceEvent(event.mesh, None, kind, event.label, event.start_s, event.end_s)
+    """A measured event under the name that the simulated one has."""
+    found = _TASK.fullmatch(event.label)
+    if found is None:
+        kind = event.label.split(" ")[0]
+        return TraceEvent(event.mesh, None, kind, event.label, event.start_s, event.end_s)
+    kind, stage, micro_batch = found.groups()
+    task = Task(cast("Kind", kind), int(stage), int(micro_batch))
+    return TraceEvent(event.mesh, task, kind, str(task), event.start_s, event.end_s)
 
 
 class Cutting:
@@ -176,11 +184,6 @@ class Cutting:
     def __init__(self, inputs: Sequence[Lengths], outputs: Sequence[Lengths]) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self._any = any(c is not None for c in (*self.inputs, *self.outputs))
-
-    def numbers(self, arguments: Sequence[int]) -> set[int]:
-        """The numbers that whole arguments have once others are cut."""
-        starts = list(itertools.accumulate((1 if c is None else len(c) for c in self.inputs), initial=0))
-        return {starts[i] for i in arguments}
 
     def parts(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """The leaves, those that are cut part by part."""
@@ -210,7 +213,7 @@ class Cutting:
 class _Feed:
     """From the flat arguments of a step to its first buffers."""
 
-    def __init__(self, batch: Collection[int], given: Sequence[Given]) -> None:
+    def __init__(self, homes: Sequence[Any], given: Sequence[Given]) -> None:
         self._given = given
         self._count = 1 + max((g.micro_batch for g in given), default=0)
         self._cut: dict[int, Callable[[Any], Sequence[Any]]] = {}
@@ -218,7 +221,7 @@ class _Feed:
             i: jax.device_put(np.int32(g.micro_batch), g.sharding) for i, g in enumerate(given) if g.argument < 0
         }
         self._batch = sorted({g.argument for g in given if g.argument >= 0 and g.micro_batch >= 0})
-        self._moved = [i for i, g in enumerate(given) if g.argument in batch]
+        self._moved = [i for i, g in enumerate(given) if g.argument >= 0 and homes[g.argument] != g.sharding]
 
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         parts = {i: self._parts(leaves[i]) for i in self._batch}
@@ -276,31 +279,35 @@ _join = jax.jit(_join_rows, static_argnums=1)
 def _peaks(lowered: LoweredPipeline) -> dict[int, int]:
     """Bytes per device at the fullest moment of each mesh."""
     sizes = _sizes(lowered)
-    peaks: dict[int, int] = {}
-    for program in lowered.programs:
-        held = {ref: sizes.get((program.mesh, ref.value), 0) for ref in program.given}
-        peak = sum(held.values())
-        for instruction in program.instructions:
-            extra = 0
-            match type(instruction).__name__:
-                case "Run":
-                    memory = lowered.pieces[instruction.piece].memory_analysis()
-                    extra = memory.temp_size_in_bytes
-                    donated = [instruction.inputs[i] for i in instruction.donated]
-                    made = {r: sizes.get((program.mesh, r.value), 0) for r in instruction.outputs}
-                    for ref in donated:
-                        held.pop(ref, None)
-                    held.update(made)
-                case "Recv":
-                    held[instruction.ref] = sizes.get((program.mesh, instruction.ref.value), 0)
-                case "Free":
-                    for ref in instruction.refs:
-                        held.pop(ref, None)
-                case _:
-                    pass
-            peak = max(peak, sum(held.values()) + extra)
-        peaks[program.mesh] = peak
-    return peaks
+    temporary = {name: piece.memory_analysis().temp_size_in_bytes for name, piece in lowered.pieces.items()}
+    return {program.mesh: _peak(program, sizes, temporary) for program in lowered.programs}
+
+
+def _peak(program: Program, sizes: Mapping[tuple[int, int], int], temporary: Mapping[str, int]) -> int:
+    def size(ref: Ref) -> int:
+        return sizes.get((program.mesh, ref.value), 0)
+
+    held = {ref: size(ref) for ref in program.given}
+    peak = sum(held.values())
+    for instruction in program.instructions:
+        extra = 0
+        match instruction:
+            case Run():
+                extra = temporary[instruction.piece]
+                for position in instruction.donated:
+                    held.pop(instruction.inputs[position], None)
+                held.update((ref, size(ref)) for ref in instruction.outputs)
+            case Recv():
+                held[instruction.ref] = size(instruction.ref)
+            case Free():
+                for ref in instruction.refs:
+                    held.pop(ref, None)
+            case Send():
+                pass
+            case _:
+                assert_never(instruction)
+        peak = max(peak, sum(held.values()) + extra)
+    return peak
 
 
 def _sizes(lowered: LoweredPipeline) -> dict[tuple[int, int], int]:
@@ -308,10 +315,9 @@ def _sizes(lowered: LoweredPipeline) -> dict[tuple[int, int], int]:
     found: dict[tuple[int, int], int] = {}
     for program in lowered.programs:
         for instruction in program.instructions:
-            piece = getattr(instruction, "piece", None)
-            if piece is None:
+            if not isinstance(instruction, Run):
                 continue
-            compiled = lowered.pieces[piece]
+            compiled = lowered.pieces[instruction.piece]
             both = zip(
                 (instruction.inputs, instruction.outputs),
                 (tree_leaves(compiled.in_avals), tree_leaves(compiled.out_info)),

@@ -96,6 +96,18 @@ def marked_step(state: Any, batch: Any) -> tuple[Any, Any]:
     return momentum(state, grads), value
 
 
+def masked_step(state: Any, batch: Any) -> tuple[Any, Any]:
+    """A mean over the examples that count, by a number of the whole batch, and a scale that is part of the state."""
+
+    def loss(params: Any) -> Any:
+        errors = jnp.mean((chain(params, batch["x"]) - batch["y"]) ** 2, 1)
+        counts = (batch["y"][:, 0] > 0).astype(np.float32)
+        return jnp.sum(errors * counts) / jnp.sum(counts) * state["scale"]
+
+    value, grads = jax.value_and_grad(loss)(state["params"])
+    return {**momentum(state, grads), "scale": state["scale"] * 1.5}, value
+
+
 def forward_step(state: Any, batch: Any) -> tuple[Any, Any]:
     """No gradient: per-example outputs and a metric; the state comes back as it was."""
     out = chain(state["params"], batch["x"])
@@ -118,7 +130,7 @@ def tied_step(state: Any, batch: Any) -> tuple[Any, Any]:
 
 
 def tied_state() -> Any:
-    tied, *inner = kernels(4)
+    tied, *inner = kernels(3)
     key = np.array([3, 4], np.uint32)
     return {**with_velocity({"tied": tied, "inner": inner}), "key": key, "step": np.int32(0)}
 
@@ -219,6 +231,12 @@ CASES: dict[
     "inference": (forward_step, chain_state, 16, pipeline("inference", 4, 4)),
     "one micro-batch": (chain_step, chain_state, 16, pipeline("1f1b", 1, [(5,), (3,)])),
     "tied, dropout": (tied_step, tied_state, 16, pipeline("1f1b", 4, [(7,), (1,)])),
+    "masked mean": (
+        masked_step,
+        lambda: {**chain_state(), "scale": np.float32(2)},
+        16,
+        pipeline("1f1b", 4, [(3,), (1,), (4,)]),
+    ),
     "scan": (scan_step, lambda: with_velocity(np.stack(kernels(4))), 16, pipeline("1f1b", 4, 2)),
     "clipping, Adam, outputs": (adam_step, adam_state, 16, pipeline("zb-h1", 4, 4)),
     "layers by hand": (

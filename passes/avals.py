@@ -1,0 +1,34 @@
+"""Shape and dtype of jaxpr variables, which JAX types as values of any kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.extend.core import Var
+
+__all__ = ["dtype_of", "shape_of", "size_of", "type_of"]
+
+
+def _aval(var: Var) -> Any:
+    return var.aval
+
+
+def shape_of(var: Var) -> tuple[int, ...]:
+    """The shape; () for what has none."""
+    return tuple(getattr(_aval(var), "shape", ()))
+
+
+def size_of(var: Var) -> int:
+    """The number of elements."""
+    return int(getattr(_aval(var), "size", 1))
+
+
+def dtype_of(var: Var) -> Any:
+    """The dtype, that of typed random keys included."""
+    return _aval(var).dtype
+
+
+def type_of(var: Var) -> jax.ShapeDtypeStruct:
+    """What a function is traced with in place of the variable."""
+    return jax.ShapeDtypeStruct(shape_of(var), dtype_of(var))
