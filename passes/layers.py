@@ -135,6 +135,8 @@ class _Former:
             self.layer.update((v, number) for e in eqns for v in e.outvars)
         self.trace_readers(cut)
         backward, demoted = self.cut_backward(len(cut))
+        late = {id(e) for e in demoted}
+        cut = [[e for e in eqns if id(e) not in late] for eqns in cut]
         after = self.with_derived([*demoted, *self.program.after])
         accumulated = self.accumulated([e for eqns in (*cut, *backward) for e in eqns], after)
         derived = tuple(e for e in self.program.micro if self.kinds[id(e)] == "derived")
@@ -273,7 +275,8 @@ class _Former:
                 continue
             shares = {self.layer[v] for v in read if v in self.layer and isinstance(self.program.statuses[v], Reduced)}
             whole = all(isinstance(self.program.statuses[v], Reduced) for v in eqn.outvars)
-            if late & set(read) or (whole and len(shares) > 1):
+            here = {self.layer[v] for v in eqn.outvars} if kind == "forward" else shares
+            if late & set(read) or (whole and shares and (len(shares) > 1 or shares != here)):
                 demoted.append(eqn)
                 late.update(eqn.outvars)
             elif kind == "backward":

@@ -368,7 +368,7 @@ def start_of(op: str, dtype: Any) -> Any:
         case "min":
             return math.inf if jnp.issubdtype(dtype, jnp.floating) else _limits(dtype)[1]
         case "and":
-            return True
+            return True if dtype == jnp.bool_ else -1
         case _:
             return 0
 

@@ -82,12 +82,15 @@ def narrow(
     return restrict(problem, bound.alive)
 
 
-def promising(problem: AssignmentProblem, target: int) -> Narrowed:
-    """About `target` flow variables of the choices that the dual bound holds promising; the optimum may be lost."""
+def promising(problem: AssignmentProblem, target: int) -> tuple[Narrowed, float]:
+    """About `target` flow variables of the choices that the dual bound holds promising, and that bound.
+
+    The optimum may be lost.
+    """
     bound = _Bound.of(problem, {})
     for _ in range(_SWEEPS):
         bound.sweep()
-    return restrict(problem, bound.promising(target))
+    return restrict(problem, bound.promising(target)), bound.value()
 
 
 def restrict(problem: AssignmentProblem, choices: Sequence[_Choices]) -> Narrowed:

@@ -15,8 +15,8 @@ from typing import Any
 from jax.extend.core import Var
 
 from alpa_like.cluster import Cluster
-from alpa_like.cost import RingCost
-from alpa_like.errors import InfeasibleError
+from alpa_like.cost import CostModel, RingCost
+from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.graph import skeleton
 from alpa_like.passes.avals import shape_of
 from alpa_like.passes.compose import Composite, GraphReader, compose
@@ -48,6 +48,9 @@ __all__ = ["PipelineWriter", "StageSpec", "value_names"]
 
 _LOWEST_PRICE, _HIGHEST_PRICE, _DEARER = 0.1, 100.0, 3.0
 """Prices of all memory, in ideal step times, that are tried where a stage does not fit: each so many times the last."""
+
+_PROOF_S = 10.0
+"""Seconds for the optimum of a stage, for which a good solution is known already."""
 
 _USUAL_IN_FLIGHT = 4
 """Micro-batches in flight that a price of memory reckons with."""
@@ -150,21 +153,42 @@ class PipelineWriter:
         shapes = [spec.mesh_shape] if spec.mesh_shape else mesh_shapes(part)
         mine = {s: flying[s] for s in set(problem.held.values())}
         found = [self.fitting(problem, part, shape, mine, spec.price) for shape in shapes]
-        fits = [s for s in found if s.memory_bytes <= self.budget]
+        fits = [(s, price) for s, price in found if s.memory_bytes <= self.budget]
         if fits:
-            return min(fits, key=lambda s: s.step_s)
+            solution, price = min(fits, key=lambda pair: pair[0].step_s)
+            return self.proven(solution, price).in_flight(mine)
         cost = RingCost(part, shapes[0], native_reduce_scatter=self.native)
         return problem.solve(cost, self.budget, mine, self.options)  # says what is missing, or finds what prices don't
 
     def fitting(
         self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int], price: float
-    ) -> MeshSolution:
-        """The solution at the lowest price of memory at which it fits; the last one tried where none does."""
+    ) -> tuple[MeshSolution, float]:
+        """A solution at the lowest price of memory at which it fits, and that price; the last where none does."""
         solution = self.priced(problem, part, shape, price).in_flight(flying)
         while solution.memory_bytes > self.budget and price < _HIGHEST_PRICE:
             price = max(price * _DEARER, _LOWEST_PRICE)
             solution = self.priced(problem, part, shape, price).in_flight(flying)
-        return solution
+        return solution, price
+
+    def proven(self, found: MeshSolution, price: float) -> MeshSolution:
+        """The optimum at this price, as far as it can be found quickly, fits and is better."""
+        if found.solution.status == "optimal":
+            return found
+        options = replace(self.options, time_limit_s=min(self.options.time_limit_s, _PROOF_S))
+        key = (problem_key(found.mesh), found.cost, price, "proven")
+        if key not in self.solved:
+            try:
+                self.solved[key] = self.price_at(found.mesh, found.cost, price, options, exact=True)
+            except SolverError:
+                self.solved[key] = found
+        best = replace(self.solved[key], mesh=found.mesh).in_flight(found.flying)
+        return best if best.memory_bytes <= self.budget and best.step_s <= found.step_s else found
+
+    def price_at(
+        self, problem: MeshProblem, cost: CostModel, price: float, options: SolverOptions, *, exact: bool
+    ) -> MeshSolution:
+        stages = dict.fromkeys(problem.held.values(), _USUAL_IN_FLIGHT)
+        return problem.price(cost, stages, options, price * self.ideal_s / self.budget, exact=exact)
 
     @property
     def native(self) -> bool:
@@ -175,9 +199,7 @@ class PipelineWriter:
         known = self.solved.get(key)
         if known is None:
             cost = RingCost(part, shape, native_reduce_scatter=self.native)
-            stages = dict.fromkeys(problem.held.values(), _USUAL_IN_FLIGHT)
-            known = problem.price(cost, stages, self.options, price * self.ideal_s / self.budget)
-            self.solved[key] = known
+            known = self.solved[key] = self.price_at(problem, cost, price, self.options, exact=False)
         return known if known.mesh is problem else replace(known, mesh=problem)
 
 

@@ -62,13 +62,16 @@ def estimate(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: 
         choice = reduced.expand(())
         return Solution("optimal", choice, problem.cost(choice), problem.cost(choice), 0.0, 0, "elimination")
     for target in _ESTIMATED_BY:
-        few = promising(reduced.problem, target)
+        few, bound = promising(reduced.problem, target)
         try:
             found = ilp.solve(few.problem, solver=solver, time_limit_s=time_limit_s)
         except (InfeasibleError, SolverError):
             continue  # the promising choices exclude each other
         choice = reduced.expand(few.expand(found.choice))
-        return replace(found, choice=choice, cost=problem.cost(choice), seconds=time.perf_counter() - start)
+        cost, seconds = problem.cost(choice), time.perf_counter() - start
+        proven = min(cost, bound + reduced.offset)
+        status = "optimal" if cost - proven <= _CLOSE_ENOUGH * abs(cost) else "feasible"
+        return replace(found, status=status, choice=choice, cost=cost, bound=proven, seconds=seconds)
     return solve(replace(problem, usages=()), solver=solver, time_limit_s=time_limit_s)
 
 

@@ -15,6 +15,7 @@ backward pass, and shardings found with a price on lasting bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,6 +43,9 @@ _PRICES = (0.0, 0.3, 3.0, 30.0)
 
 _CROWDED = 0.25
 """Where the state takes more than this share of all memory, a price is taken from the start."""
+
+_HELPS = 0.98
+"""A higher price of memory must bring the bytes down to this share, or no higher one is tried."""
 
 _MODES: dict[RematMode, tuple[bool, ...]] = {"none": (False,), "layer": (True,), "auto": (False, True)}
 
@@ -125,12 +129,17 @@ class LayerCosts:
         flying = min(self.micro_batches, -(-self.cluster.num_devices // submesh.num_devices))
         if self.state_bytes(first, last) > self.budget * submesh.num_devices:
             return []
+        least = math.inf
         for price in self.prices:
             for remat in _MODES[self.remat]:
                 tags = [Tag(shape, remat, price) for shape in self.shapes(submesh)]
                 found.extend(_option(self.range(first, last, submesh, tag), tag) for tag in tags)
                 if any(o.bytes(flying) <= self.budget for o in found):
                     return _pareto(found)
+            now = min(o.bytes(flying) for o in found)
+            if now > _HELPS * least:
+                break  # a higher price buys no memory any more
+            least = now
         return _pareto(found)
 
     def state_bytes(self, first: int, last: int) -> float:

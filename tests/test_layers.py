@@ -28,7 +28,7 @@ from alpa_like.tracer import Trace, trace
 
 ROWS, WIDTH, COUNT = 8, 16, 4
 SGD = optax.sgd(0.1, momentum=0.9)
-TRANSFORMER = {"vocab_size": 32, "seq_len": 8, "d_model": 16, "num_heads": 2}
+TRANSFORMER: dict[str, Any] = {"vocab_size": 32, "seq_len": 8, "d_model": 16, "num_heads": 2}
 
 SMALL = small_tasks(SGD)
 TASKS: dict[str, tuple[Task, int]] = {  # the task, and how many layers
@@ -161,7 +161,7 @@ def test_layers_come_out_again_from_their_ends(name: str) -> None:
 
 def test_ends_of_another_program_are_refused() -> None:
     _, program = program_of("mlp")
-    with pytest.raises(PlanError, match="layers end at equation 10, but the program has .*; plan it again"):
+    with pytest.raises(PlanError, match="layers end at equation 10, but the program has"):
         form_layers(program, ends=(5, 10))
 
 

@@ -35,7 +35,7 @@ def step_of(rng: np.random.Generator, values: list[Any]) -> Any:
     matrices = [v for v in values if v.ndim == 2]
     x, y = (matrices[i] for i in rng.integers(len(matrices), size=2))
     row = next((v for v in reversed(values) if v.ndim == 1), None)
-    match rng.integers(7):
+    match int(rng.integers(7)):
         case 0:
             return lax.tanh(x)
         case 1:
