@@ -27,6 +27,36 @@ def _check_count(what: str, value: object) -> None:
         raise MethodError(f"{what} must be 'auto' or a whole number of at least 1, found {value!r}")
 
 
+def _check_mesh(name: str, shape: object) -> None:
+    sizes = shape if isinstance(shape, tuple | list) else ()
+    if not 1 <= len(sizes) <= 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise MethodError(f"{name} must be 1 to 3 positive whole numbers, such as (2, 4), found {shape!r}")
+
+
+def _pairs(shapes: object) -> tuple[tuple[int, int], ...]:
+    """The submeshes, or `MethodError`."""
+    found = tuple(shapes) if isinstance(shapes, tuple | list) else (shapes,)
+    for shape in found:
+        if not (isinstance(shape, tuple | list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+            raise MethodError(
+                "submesh_physical_shapes must be pairs (hosts, devices per host), such as [(1, 4), (1, 4)]; found "
+                f"{shape!r}"
+            )
+    return tuple((shape[0], shape[1]) for shape in found)
+
+
+def _layer_ids(stages: object) -> tuple[tuple[int, ...], ...]:
+    """The layers of each stage, or `MethodError`."""
+    found = tuple(stages) if isinstance(stages, tuple | list) else (stages,)
+    for ids in found:
+        if not (isinstance(ids, tuple | list | range) and all(type(n) is int for n in ids)):
+            raise MethodError(
+                "forward_stage_layer_ids must be lists of layer numbers, such as [[0, 1], [2, 3]]; found "
+                f"{ids!r} for a stage"
+            )
+    return tuple(tuple(ids) for ids in found)
+
+
 def _check_remat(mode: str) -> None:
     if mode not in ("auto", "none", "layer"):
         raise MethodError(f"remat_mode must be 'auto', 'none' or 'layer', found {mode!r}")
@@ -85,6 +115,8 @@ class UniformStageOption:
     def __post_init__(self) -> None:
         if self.num_stages is not None:
             _check_count("num_stages", self.num_stages)
+        if self.submesh_logical_shape is not None:
+            _check_mesh("submesh_logical_shape", self.submesh_logical_shape)
 
 
 @dataclass(frozen=True)
@@ -101,9 +133,11 @@ class ManualStageOption:
     submesh_logical_shapes: Sequence[tuple[int, ...] | None] | None = None
 
     def __post_init__(self) -> None:
-        layers = tuple(tuple(ids) for ids in self.forward_stage_layer_ids)
-        shapes = tuple((int(h), int(d)) for h, d in self.submesh_physical_shapes)
+        layers, shapes = _layer_ids(self.forward_stage_layer_ids), _pairs(self.submesh_physical_shapes)
         logical = tuple(self.submesh_logical_shapes or (None,) * len(layers))
+        for shape in logical:
+            if shape is not None:
+                _check_mesh("submesh_logical_shapes", shape)
         for name, value in (
             ("forward_stage_layer_ids", layers),
             ("submesh_physical_shapes", shapes),

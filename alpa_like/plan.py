@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, PlanError
-from alpa_like.schedule import Schedule, make_schedule
+from alpa_like.schedule import SCHEDULES, Schedule, make_schedule
 from alpa_like.simulate import Simulation, Times, simulate, write_trace
 
 __all__ = [
@@ -137,6 +137,22 @@ class Pipeline:
     memory_bytes: tuple[float, ...]
     batch_statistics: str = "error"
     scan: tuple[int, tuple[int, ...]] | None = None
+
+    def verify(self) -> None:
+        """Raise `PlanError` where stages, layers or the schedule can't be those of one pipeline."""
+        if self.schedule not in SCHEDULES or type(self.num_micro_batches) is not int or self.num_micro_batches < 1:
+            raise PlanError(
+                f"a pipeline needs a schedule of {', '.join(SCHEDULES)} and 1 or more micro-batches, found "
+                f"{self.schedule!r} and {self.num_micro_batches!r}"
+            )
+        ends = self.layer_ends
+        if not isinstance(ends, tuple) or not ends or not all(type(n) is int for n in ends):
+            raise PlanError(f"layer_ends must be whole numbers, the end of each of the layers, found {ends!r}")
+        if not self.stages or len(self.send_s) != len(self.stages) - 1:
+            raise PlanError(f"a pipeline of {len(self.stages)} stages has {len(self.send_s)} boundaries; plan it again")
+        covered = [n for s in self.stages for n in range(s.first, s.last + 1)]
+        if covered != list(range(len(ends))):
+            raise PlanError(f"the stages must have the layers 0 to {len(ends) - 1} once and in order, found {covered}")
 
     @property
     def num_meshes(self) -> int:
@@ -281,6 +297,8 @@ class Plan:
         """This plan, or `PlanError` where it breaks a rule."""
         if not self.stages:
             raise PlanError("a plan needs at least one stage")
+        if self.pipeline is not None:
+            self.pipeline.verify()
         for stage in self.stages:
             stage.verify()
             first, count = stage.devices

@@ -111,6 +111,7 @@ class LayerCosts:
     remat: RematMode
     options_: SolverOptions
     reader: GraphReader
+    hides_sends: bool = False
     solves: int = 0
     known: dict[object, _Measure] = field(default_factory=dict[object, _Measure])
     sums: dict[object, list[_Measure]] = field(default_factory=dict[object, list[_Measure]])
@@ -127,13 +128,15 @@ class LayerCosts:
     def options(self, first: int, last: int, submesh: Submesh) -> list[Option]:
         found: list[Option] = []
         flying = min(self.micro_batches, -(-self.cluster.num_devices // submesh.num_devices))
-        if self.state_bytes(first, last) > self.budget * submesh.num_devices:
-            return []
+        state = self.state_bytes(first, last) / submesh.num_devices
+        if state > self.budget:
+            least = self.lower_bound_s(first, last, submesh)
+            return [Option(least / 3, least * 2 / 3, 0.0, state, 0.0, 0.0)]  # fits nowhere: not worth a solution
         least = math.inf
         for price in self.prices:
             for remat in _MODES[self.remat]:
                 tags = [Tag(shape, remat, price) for shape in self.shapes(submesh)]
-                found.extend(_option(self.range(first, last, submesh, tag), tag) for tag in tags)
+                found.extend(self.option(first, last, submesh, tag) for tag in tags)
                 if any(o.bytes(flying) <= self.budget for o in found):
                     return _pareto(found)
             now = min(o.bytes(flying) for o in found)
@@ -141,6 +144,25 @@ class LayerCosts:
                 break  # a higher price buys no memory any more
             least = now
         return _pareto(found)
+
+    def option(self, first: int, last: int, submesh: Submesh, tag: Tag) -> Option:
+        m, send = self.range(first, last, submesh, tag), self.waiting_s(last, submesh)
+        return Option(
+            m.forward_s + send, m.backward_s + send, m.update_s, m.fixed_bytes, m.micro_bytes, m.peak_bytes, tag
+        )
+
+    def waiting_s(self, last: int, submesh: Submesh) -> float:
+        """Seconds that a stage waits for what it sends, each way.
+
+        Stage s of S has S - s micro-batches in flight, so from a forward pass to its backward pass it can't do more
+        than that many, and the sends in between slow down every round; only eager schedules hide them.
+        """
+        if last + 1 == self.layers.count or self.hides_sends:
+            return 0.0
+        inside = submesh.num_devices < self.cluster.devices_per_host or self.cluster.hosts == 1
+        link = self.cluster.intra_host if inside else self.cluster.inter_host
+        crossing = sum(nbytes(v) for v in self.layers.crossing(last))
+        return link.latency_s + crossing / (link.bandwidth_bytes_per_s * submesh.num_devices)
 
     def state_bytes(self, first: int, last: int) -> float:
         """Bytes of the state of some layers and of what they accumulate, which no plan can do without."""
@@ -160,6 +182,9 @@ class LayerCosts:
         return sum(self.work_s[first : last + 1]) / submesh.num_devices
 
     def send_s(self, boundary: int) -> float:
+        """Sends are part of the options already, unless they are hidden."""
+        if not self.hides_sends:
+            return 0.0
         crossing = sum(nbytes(v) for v in self.layers.crossing(boundary))
         link = self.cluster.inter_host if self.cluster.hosts > 1 else self.cluster.intra_host
         return link.latency_s + crossing / (link.bandwidth_bytes_per_s * self.cluster.devices_per_host)
@@ -321,10 +346,6 @@ class LayerCosts:
 
     def role(self, var: Var) -> str:
         return str(self.layers.program.statuses.get(var))
-
-
-def _option(m: _Measure, tag: Tag) -> Option:
-    return Option(m.forward_s, m.backward_s, m.update_s, m.fixed_bytes, m.micro_bytes, m.peak_bytes, tag)
 
 
 def _measured(solution: MeshSolution, flying: int) -> _Measure:

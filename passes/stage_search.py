@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import InfeasibleError, MethodError, PlanError
+from alpa_like.plan import bytes_text
 
 __all__ = ["Choice", "Costs", "Option", "Search", "Statistics", "Submesh", "search", "submeshes"]
 
@@ -808,7 +809,7 @@ def _blocked(problem: _Problem, at: Range, flying: int, needed: float) -> str:
     if needed >= _NOTHING_FITS:
         return f"no plan fits: {layers} on {problem.shapes[m]} devices have no option at all; {help_} or more memory"
     return (
-        f"no plan fits: {layers} on {problem.shapes[m]} devices need at least {needed:.0f} bytes per device with "
-        f"{flying} micro-batches in flight, there are {problem.memory:.0f}; {help_}, more and smaller micro-batches, "
+        f"no plan fits: {layers} on {problem.shapes[m]} devices need at least {bytes_text(needed)} per device with "
+        f"{flying} micro-batches in flight, there are {bytes_text(problem.memory)}; {help_}, more micro-batches, "
         "or a schedule with fewer of them in flight"
     )

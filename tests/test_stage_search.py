@@ -252,7 +252,7 @@ def test_memory_moves_layers_to_the_later_stages() -> None:
     found = search(8, cluster, 16, Table(table, [0.0] * 7), 7.0, in_flight=min)
     assert [s.last for s in found.stages] == [0, 1, 3, 7]
     assert found.latency_s == 8 + 15 * 4
-    with pytest.raises(InfeasibleError, match=r"need at least 7 bytes per device with \d micro-batches in flight"):
+    with pytest.raises(InfeasibleError, match=r"need at least 7 B per device with \d micro-batches in flight"):
         search(8, cluster, 16, Table(table, [0.0] * 7), 6.0, in_flight=min)
 
 
@@ -314,9 +314,9 @@ def test_many_layers_and_devices_take_seconds_and_few_questions(
 def test_the_error_names_the_stage_that_blocks() -> None:
     cluster = machine(1, 2)
     words = (
-        "layers 0 to 3 on 1×2 devices need at least 14 bytes per device with 1 micro-batches in flight, there are 10"
+        "layers 0 to 3 on 1×2 devices need at least 14 B per device with 1 micro-batches in flight, there are 10 B"
     )
-    with pytest.raises(InfeasibleError, match=f"{words}; use more devices, rematerialization, more and smaller"):
+    with pytest.raises(InfeasibleError, match=f"{words}; use more devices, rematerialization, more micro-batches"):
         search(4, cluster, 8, even(4, cluster, fixed=6.0), 10.0, in_flight=min)
 
 
