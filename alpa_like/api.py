@@ -131,6 +131,8 @@ class ParallelFunction:
         here = session.current()
         if self._session is not here:
             self._begin()
+        if plan is not None and not isinstance(plan, Plan):
+            raise PlanError(f"plan must be an alpa_like.Plan, such as Plan.load(path) gives, found {plan!r}")
         signature = signature_of(self.fun, args, self.static_argnums)
         chosen = plan or self.plan(*args, cluster=cluster)
         traced = self._trace(signature, args)
@@ -336,9 +338,13 @@ def value_and_grad(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Callab
     return jax.value_and_grad(fun, *args, **kwargs)
 
 
-def mark_pipeline_boundary(value: Any) -> Any:
+def mark_pipeline_boundary(value: Any = None) -> Any:
     """Mark where a layer ends, for `ManualLayerOption`: returns `value`, the activations that go to the next layer.
 
     Call it in the forward pass: `x = alpa.mark_pipeline_boundary(x)`. Under other methods it does nothing.
     """
+    if value is None:
+        raise MethodError(
+            "mark_pipeline_boundary needs the activations that go to the next layer: x = alpa.mark_pipeline_boundary(x)"
+        )
     return jax.tree.map(lambda x: checkpoint_name(x, BOUNDARY), value)

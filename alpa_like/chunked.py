@@ -25,7 +25,8 @@ class Parts:
 class ChunkedArray:
     """Parts along dim 0, each a `jax.Array` on the devices of its stage; a leaf of the state, as an array is.
 
-    NumPy and `jax.numpy` functions take it and gather it first; a parallelized step takes and returns it as it is.
+    `np.asarray(x)`, `jnp.asarray(x)` and `jax.device_get(x)` gather it; a parallelized step takes and returns it as it
+    is. For other functions gather first: `jax.tree.map(np.asarray, params)`.
     """
 
     def __init__(self, parts: Sequence[jax.Array]) -> None:
@@ -57,9 +58,21 @@ class ChunkedArray:
         return tuple(p.shape[0] for p in self.parts)
 
     @property
-    def sharding(self) -> Parts:
+    def places(self) -> Parts:
         """Where the parts live."""
         return Parts(self.lengths, tuple(p.sharding for p in self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return sum(p.nbytes for p in self.parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """Rows of the whole, gathered."""
+        return jnp.asarray(np.asarray(self)[index])
 
     def is_deleted(self) -> bool:
         """Whether a step that it was donated to has taken it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from alpa_like.errors import MethodError
 from alpa_like.methods import Method
@@ -33,7 +33,7 @@ def _check_mesh(name: str, shape: object) -> None:
         raise MethodError(f"{name} must be 1 to 3 positive whole numbers, such as (2, 4), found {shape!r}")
 
 
-def _pairs(shapes: object) -> tuple[tuple[int, int], ...]:
+def _pairs(shapes: Any) -> tuple[tuple[int, int], ...]:
     """The submeshes, or `MethodError`."""
     found = tuple(shapes) if isinstance(shapes, tuple | list) else (shapes,)
     for shape in found:
@@ -45,7 +45,7 @@ def _pairs(shapes: object) -> tuple[tuple[int, int], ...]:
     return tuple((shape[0], shape[1]) for shape in found)
 
 
-def _layer_ids(stages: object) -> tuple[tuple[int, ...], ...]:
+def _layer_ids(stages: Any) -> tuple[tuple[int, ...], ...]:
     """The layers of each stage, or `MethodError`."""
     found = tuple(stages) if isinstance(stages, tuple | list) else (stages,)
     for ids in found:

@@ -31,4 +31,5 @@ def dtype_of(var: Var) -> Any:
 
 def type_of(var: Var) -> jax.ShapeDtypeStruct:
     """What a function is traced with in place of the variable."""
-    return jax.ShapeDtypeStruct(shape_of(var), dtype_of(var))
+    weak = bool(getattr(_aval(var), "weak_type", False))
+    return jax.ShapeDtypeStruct(shape_of(var), dtype_of(var), weak_type=weak)

@@ -127,6 +127,11 @@ class _Former:
     def form(self, num_layers: int | None, boundaries: bool, given: tuple[int, ...] | None) -> Layers:
         self.classify()
         forward = [e for e in self.program.micro if self.kinds[id(e)] == "forward"]
+        if not forward:
+            raise MethodError(
+                "the step computes nothing of its batch that could be cut into layers; use ShardParallel() for it, or "
+                "return what it computes"
+            )
         ends = given or self.cut_forward(forward, num_layers, boundaries)
         if ends[-1] != len(forward):
             raise PlanError(f"the layers end at equation {ends[-1]}, but the program has {len(forward)}; plan it again")
@@ -208,8 +213,8 @@ class _Former:
         last = [i for i in found if i < len(forward)]
         if not last:
             raise MethodError(
-                "ManualLayerOption() cuts at alpa.mark_pipeline_boundary(), but the step has no such mark between two "
-                "layers; call it in the model's forward pass, or use AutoLayerOption()"
+                "ManualLayerOption() cuts at alpa.mark_pipeline_boundary(x), but the step has no such mark between two "
+                "layers; put x = alpa.mark_pipeline_boundary(x) into the forward pass, or use AutoLayerOption()"
             )
         return (*last, len(forward))
 

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from alpa_like.errors import MethodError, TraceError
@@ -247,7 +248,8 @@ class _Analysis:
     def alone(self, eqn: JaxprEqn, found: Mixed) -> list[Status]:
         """With one micro-batch examples may be mixed: its shares are all there is."""
         if self.count > 1:
-            where = f"{eqn.primitive.name} ({eqn.source_info.name_stack})"
+            line = source_info_util.summarize(eqn.source_info)
+            where = f"{eqn.primitive.name} ({eqn.source_info.name_stack}, {line})"
             raise TraceError(
                 f"{self.trace.name} can't run in {self.count} micro-batches: at {where} {found.reason}, so the result "
                 "would differ from that of the whole batch. Use num_micro_batches=1, or, for batch statistics such as "

@@ -161,6 +161,11 @@ class _Planner:
     def staged(self, layers: Layers) -> Plan:
         """The plan under the first schedule."""
         option, name = self.method.stage_option, self.first_schedule(layers)
+        if name == "interleaved-1f1b" and not isinstance(option, UniformStageOption):
+            raise MethodError(
+                "interleaved-1f1b gives each mesh several stages, which UniformStageOption(num_stages=…) does; found "
+                f"{type(option).__name__}"
+            )
         if isinstance(option, ManualStageOption):
             return self.written(layers, self.manual(layers, option), name)
         if isinstance(option, UniformStageOption):
@@ -315,8 +320,17 @@ class _Planner:
                 self.layered[count] = form_layers(program, boundaries=True)
             else:
                 number = None if option.layer_num == "auto" else option.layer_num
-                self.layered[count] = form_layers(program, number)
+                layers = form_layers(program, number)
+                wanted = self.wanted_stages()
+                if number is None and layers.count < wanted:
+                    layers = form_layers(program, wanted)
+                self.layered[count] = layers
         return self.layered[count]
+
+    def wanted_stages(self) -> int:
+        """How many stages the options ask for at least."""
+        number = getattr(self.method.stage_option, "num_stages", None)
+        return number if isinstance(number, int) else 1
 
     def layers_by_loop(self, count: int, loops: list[int], lengths: tuple[int, ...]) -> Layers | None:
         """Layers that end right behind the loops of each stage; None where there is no such cut."""
@@ -377,7 +391,7 @@ class _Planner:
 
     def uniform(self, layers: Layers, option: UniformStageOption) -> list[StageSpec]:
         devices = self.cluster.num_devices
-        stages = option.num_stages or min(devices, layers.count)
+        stages = option.num_stages or max(n for n in range(1, layers.count + 1) if devices % n == 0)
         interleaved = self.method.schedule == "interleaved-1f1b"
         meshes = self.uniform_meshes(stages, interleaved)
         if stages > layers.count:
@@ -408,10 +422,13 @@ class _Planner:
     def uniform_meshes(self, stages: int, interleaved: bool) -> int:
         if not interleaved:
             return stages
-        for meshes in range(stages // 2, 0, -1):
+        for meshes in range(stages // 2, 1, -1):
             if stages % meshes == 0 and self.cluster.num_devices % meshes == 0:
                 return meshes
-        return 1
+        raise MethodError(
+            f"interleaved-1f1b needs two or more stages on each of two or more meshes; {stages} stages on "
+            f"{self.cluster.num_devices} devices can't be divided so: ask for 4, 6 or 8 stages"
+        )
 
 
 def _spec(choice: Choice) -> StageSpec:

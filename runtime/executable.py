@@ -16,19 +16,36 @@ from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
 from alpa_like.tracer import Trace, abstract_leaf
 
-__all__ = ["Executable"]
+__all__ = ["Executable", "place_of", "same_kind"]
 
 
 _SCALARS = {bool: "bool", int: "int", float: "float", complex: "complex"}
+
+
+def _narrowed(dtype: str) -> str:
+    """What JAX makes of a dtype: without 64-bit mode, 32 bits."""
+    return str(jax.dtypes.canonicalize_dtype(dtype)) if dtype in _WIDE else dtype
+
+
+_WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def _weak(value: Any) -> bool:
     return type(value) in _SCALARS or bool(getattr(value, "weak_type", False))
 
 
-def _same_kind(found: str, compiled: str) -> bool:
-    """Whether a dtype, or the name of a Python scalar's type, is what a step was compiled for."""
-    return found == compiled or (found in _SCALARS.values() and compiled.startswith(found))
+def same_kind(found: str, compiled: str) -> bool:
+    """Whether a dtype, or the name of a Python scalar's type, is what a step was compiled for.
+
+    NumPy's 64-bit numbers become 32-bit ones, unless JAX was told otherwise, as under `jax.jit`.
+    """
+    narrow = _narrowed(found)
+    return narrow == compiled or found == compiled or (found in _SCALARS.values() and compiled.startswith(found))
+
+
+def place_of(value: Any) -> Any:
+    """Where an array lives: a sharding, those of its parts, or None."""
+    return value.places if isinstance(value, ChunkedArray) else getattr(value, "sharding", None)
 
 
 class Executable:
@@ -85,7 +102,7 @@ class Executable:
         leaves = tree_leaves(args)
         if len(leaves) != len(self._trace.avals):
             return False
-        if any(type(x) is self._array and x.is_deleted() for x in leaves):
+        if any(type(x) in (self._array, ChunkedArray) and x.is_deleted() for x in leaves):
             return False  # XLA's CPU backend ends the process on these
         if any(_weak(leaves[i]) != weak for i, weak in self._scalars):
             return False
@@ -104,7 +121,7 @@ class Executable:
         given, tree = jax.tree.flatten(args)
         wanted = self.wanted
         free = [w is None for w in wanted]
-        elsewhere = [i for i, x in enumerate(given) if not free[i] and getattr(x, "sharding", None) != wanted[i]]
+        elsewhere = [i for i, x in enumerate(given) if not free[i] and place_of(x) != wanted[i]]
         flat = [x if not f or hasattr(x, "dtype") else np.asarray(x) for x, f in zip(given, free, strict=True)]
         for i in elsewhere:
             flat[i] = self.moved(given[i], wanted[i])
@@ -136,7 +153,7 @@ class Executable:
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )
-            if shape != leaf.shape or weak != aval.weak_type or not _same_kind(dtype, str(aval.dtype)):
+            if shape != leaf.shape or weak != aval.weak_type or not same_kind(dtype, str(aval.dtype)):
                 raise ProgramError(
                     f"argument {leaf.path} has shape {shape} and dtype {dtype}, but {self._trace.name} was compiled "
                     f"for {leaf.shape} and {leaf.dtype}; call the parallelized function itself, which compiles again"

@@ -18,7 +18,7 @@ from alpa_like.errors import PlanError
 from alpa_like.placement import Given, LoweredPipeline, Returned, matching
 from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
-from alpa_like.runtime.executable import Executable
+from alpa_like.runtime.executable import Executable, place_of, same_kind
 from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Run, Send
 from alpa_like.runtime.interpreter import Event, Interpreter
 from alpa_like.runtime.local import LocalTransport
@@ -85,8 +85,8 @@ class PipelineExecutable(Executable):
         placed = zip(leaves, self._wanted, self._trace.avals, strict=True)
         return jax.tree.structure(args) == self._trace.in_tree and all(
             getattr(x, "shape", None) == a.shape
-            and getattr(x, "dtype", None) == a.dtype
-            and (w is None or getattr(x, "sharding", None) == w)
+            and (getattr(x, "dtype", None) == a.dtype if w is not None else _fits(x, a))
+            and (w is None or place_of(x) == w)
             for x, w, a in placed
         )
 
@@ -162,6 +162,11 @@ class PipelineExecutable(Executable):
         pipeline = self.plan.pipeline
         stages = len(pipeline.stages) if pipeline else 1
         return f"PipelineExecutable({self._trace.name}, {stages} stages, {self.plan.method})"
+
+
+def _fits(value: Any, aval: Any) -> bool:
+    """Whether a batch leaf is of the dtype that a step was compiled for, as far as JAX tells dtypes apart."""
+    return hasattr(value, "dtype") and same_kind(str(value.dtype), str(aval.dtype))
 
 
 _TASK = re.compile(r"(forward|backward|input_grad|weight_grad) (\d+) of micro-batch (\d+)")

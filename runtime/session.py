@@ -55,15 +55,28 @@ def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Ses
             "emulated CPU devices, call alpa.init() before anything else uses JAX, or set "
             f"JAX_NUM_CPU_DEVICES={wanted} in the environment; else ask for at most {len(devices)}"
         )
+    if not wanted and devices[0].platform == "cpu" and len(devices) < EMULATED_DEVICES and not _asked_elsewhere():
+        logger.warning(
+            "alpa.init() found JAX started with %d CPU device(s), so %d can't be emulated any more; call it before "
+            "anything else uses JAX",
+            len(devices),
+            EMULATED_DEVICES,
+        )
     stop()
     _sessions.append(Session(tuple(devices[:wanted]), cluster))
     return _sessions[0]
 
 
+def _asked_elsewhere() -> bool:
+    """Whether the environment says how many CPU devices there are to be."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags
+
+
 def emulate(count: int) -> None:
     """Ask for `count` CPU devices, if JAX has not started. Touches no device; without effect on GPUs and TPUs."""
     os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * max(count, EMULATED_DEVICES)))
-    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if _asked_elsewhere():
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)
