@@ -313,9 +313,7 @@ def test_many_layers_and_devices_take_seconds_and_few_questions(
 
 def test_the_error_names_the_stage_that_blocks() -> None:
     cluster = machine(1, 2)
-    words = (
-        "layers 0 to 3 on 1×2 devices need at least 14 B per device with 1 micro-batches in flight, there are 10 B"
-    )
+    words = "layers 0 to 3 on 1×2 devices need at least 14 B per device with 1 micro-batches in flight, there are 10 B"
     with pytest.raises(InfeasibleError, match=f"{words}; use more devices, rematerialization, more micro-batches"):
         search(4, cluster, 8, even(4, cluster, fixed=6.0), 10.0, in_flight=min)
 
