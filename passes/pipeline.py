@@ -49,8 +49,8 @@ __all__ = ["PipelineWriter", "StageSpec", "value_names"]
 _LOWEST_PRICE, _HIGHEST_PRICE, _DEARER = 0.1, 100.0, 3.0
 """Prices of all memory, in ideal step times, that are tried where a stage does not fit: each so many times the last."""
 
-_PROOF_S = 10.0
-"""Seconds for the optimum of a stage, for which a good solution is known already."""
+_PROOF_S, _PROVEN_OPS = 10.0, 3000
+"""Seconds for the optimum of a stage, for which a good solution is known already, and how many ops it has at most."""
 
 _USUAL_IN_FLIGHT = 4
 """Micro-batches in flight that a price of memory reckons with."""
@@ -171,8 +171,8 @@ class PipelineWriter:
         return solution, price
 
     def proven(self, found: MeshSolution, price: float) -> MeshSolution:
-        """The optimum at this price, as far as it can be found quickly, fits and is better."""
-        if found.solution.status == "optimal":
+        """The optimum at this price, if the stage is small enough to find it quickly, and if it fits and is better."""
+        if found.solution.status == "optimal" or len(found.mesh.composite.graph.ops) > _PROVEN_OPS:
             return found
         options = replace(self.options, time_limit_s=min(self.options.time_limit_s, _PROOF_S))
         key = (problem_key(found.mesh), found.cost, price, "proven")

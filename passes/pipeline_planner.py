@@ -32,8 +32,8 @@ from alpa_like.pipeshard import (
     PipeshardParallel,
     UniformStageOption,
 )
-from alpa_like.plan import Plan
-from alpa_like.schedule import make_schedule
+from alpa_like.plan import Pipeline, Plan
+from alpa_like.schedule import Schedule, make_schedule
 from alpa_like.simulate import Times, simulate
 from alpa_like.tracer import Trace
 
@@ -44,6 +44,9 @@ _TRIED = ("1f1b", "eager-1f1b", "zb-h1", "zb-h2")
 
 _EAGER = ("eager-1f1b", "zb-h2", "gpipe", "inference")
 """Schedules that run ahead far enough to hide what is sent."""
+
+_NEAR = 1.15
+"""How far the search may be off: stages as a whole are cheaper than the sum of their layers, or dearer."""
 
 _WORTH_IT = 0.002
 """The share of the step time that another schedule must save."""
@@ -237,10 +240,18 @@ class _Planner:
             send_s=pipeline.send_s,
             update_s=pipeline.update_s,
         )
-        seconds = {n: simulate(make_schedule(n, len(stages), count), times).makespan_s for n in _TRIED}
+        tried = {n: make_schedule(n, len(stages), count) for n in _TRIED}
+        seconds = {n: simulate(s, times).makespan_s for n, s in tried.items() if self.holds(pipeline, s)}
         here = plan.predicted.step_time_s
         better = sorted((s, n) for n, s in seconds.items() if s < here * (1 - _WORTH_IT))
         return [name for _, name in better[:2]]
+
+    def holds(self, pipeline: Pipeline, schedule: Schedule) -> bool:
+        """Whether the micro-batches that a schedule has in flight would fit in memory beside what is there."""
+        return all(
+            pipeline.memory_bytes[s.mesh] + (schedule.in_flight(i) - s.in_flight) * s.micro_bytes <= self.writer.budget
+            for i, s in enumerate(pipeline.stages)
+        )
 
     # ----------------------------------------------------------------------------------------------------- stages
 
@@ -266,11 +277,11 @@ class _Planner:
         raise failure or InfeasibleError("no stages fit in memory")
 
     def better(self, layers: Layers, name: str, first: Search, second: Search) -> Plan:
-        """The faster of two plans; `second` is searched with times that are too low."""
+        """The faster of two plans, as far as the estimate of the second one is near."""
         best = self.written(layers, [_spec(choice) for choice in first.stages], name)
         kept = self.specs
         specs = [_spec(choice) for choice in second.stages]
-        if specs != kept and second.latency_s < best.predicted.step_time_s:
+        if specs != kept and second.latency_s < _NEAR * best.predicted.step_time_s:
             try:
                 other = self.written(layers, specs, name)
             except InfeasibleError:
