@@ -23,6 +23,7 @@ __all__ = [
     "LoweredPipeline",
     "Returned",
     "check_count",
+    "device_mesh",
     "matching",
     "pipeline_shardings",
     "place",
@@ -81,11 +82,18 @@ def check_count(count: int, devices: Sequence[Any]) -> None:
         )
 
 
+def device_mesh(
+    shape: tuple[int, ...], axis_names: tuple[str, ...], numbers: tuple[int, int], devices: Sequence[Any]
+) -> Mesh:
+    """A mesh of the devices (first, count) of all `devices`, row-major."""
+    first, count = numbers
+    grid = np.array(devices[first : first + count]).reshape(shape)
+    return Mesh(grid, axis_names, axis_types=(AxisType.Auto,) * len(axis_names))
+
+
 def place(trace: Trace, stage: StagePlan, devices: Sequence[Any]) -> tuple[Mesh, tuple[Any, ...], Any]:
     """The stage's mesh, and the shardings of arguments and results in the trees of the step."""
-    first, count = stage.devices
-    grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
-    mesh = Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
+    mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, devices)
     inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in stage.inputs])
     return mesh, inputs, tree_unflatten(trace.out_tree, [_sharding(mesh, p) for p in stage.outputs])
 
@@ -106,9 +114,7 @@ def pipeline_shardings(trace: Trace, plan: Plan, devices: Sequence[Any]) -> list
     check_count(max(stage.devices[0] + stage.devices[1] for stage in plan.stages), devices)
     known: dict[str, NamedSharding] = {}
     for stage in sorted(plan.stages, key=lambda s: not s.name.startswith("update")):
-        first, count = stage.devices
-        grid = np.array(devices[first : first + count]).reshape(stage.mesh_shape)
-        mesh = Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
+        mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, devices)
         for placed in stage.inputs:
             known.setdefault(placed.path, _sharding(mesh, placed))
     anywhere = next(iter(known.values()))

@@ -160,8 +160,7 @@ class Pipeline:
 
     def ordered(self) -> Schedule:
         """The schedule, task by task."""
-        meshes = self.num_meshes if self.num_meshes < len(self.stages) else None
-        return make_schedule(self.schedule, len(self.stages), self.num_micro_batches, meshes)
+        return make_schedule(self.schedule, len(self.stages), self.num_micro_batches, self.num_meshes)
 
     def times(self) -> Times:
         """The predicted times, as the simulator takes them."""
@@ -457,6 +456,7 @@ def _shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
     """What is listed tensor by tensor: of a pipeline the arguments of each mesh, each once."""
     if plan.pipeline is None:
         return plan.stages
+    made = {p.path for s in plan.stages for p in s.outputs}
     seen: set[str] = set()
     found: list[StagePlan] = []
     for mesh in range(plan.pipeline.num_meshes):
@@ -464,7 +464,7 @@ def _shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
         devices = next(s.devices for s in plan.stages if s.name == f"forward {stages[0]}")
         pieces = [s for s in plan.stages if s.devices == devices]
         homes = [s for s in pieces if s.name.startswith("update")] or pieces
-        arguments = [p for s in homes for p in s.inputs if _is_argument(p.path) and p.shape]
+        arguments = [p for s in homes for p in s.inputs if p.path not in made and p.shape]
         mine = tuple(p for p in {p.path: p for p in arguments}.values() if p.path not in seen)
         seen.update(p.path for p in mine)
         name = ", ".join(map(str, stages))
@@ -472,11 +472,6 @@ def _shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
             replace(pieces[0], name=name, inputs=mine, outputs=(), pins=tuple(q for s in pieces for q in s.pins))
         )
     return tuple(found)
-
-
-def _is_argument(path: str) -> bool:
-    """Whether a value of a plan is an argument of the step, and not made by a piece of it."""
-    return not path.startswith(("result", "forward ", "backward ", "input_grad ", "weight_grad ", "update ", "prepare"))
 
 
 def _describe(plan: Plan) -> Iterator[str]:

@@ -1,20 +1,20 @@
-"""Shape and dtype of jaxpr variables, which JAX types as values of any kind."""
+"""Shape and dtype of the variables and literals of jaxprs, whose types JAX declares as values of any kind."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-from jax.extend.core import Var
+from jax.extend.core import Literal, Var
 
 __all__ = ["dtype_of", "shape_of", "size_of", "type_of"]
 
 
-def _aval(var: Var) -> Any:
+def _aval(var: Var | Literal) -> Any:
     return var.aval
 
 
-def shape_of(var: Var) -> tuple[int, ...]:
+def shape_of(var: Var | Literal) -> tuple[int, ...]:
     """The shape; () for what has none."""
     return tuple(getattr(_aval(var), "shape", ()))
 
@@ -24,7 +24,7 @@ def size_of(var: Var) -> int:
     return int(getattr(_aval(var), "size", 1))
 
 
-def dtype_of(var: Var) -> Any:
+def dtype_of(var: Var | Literal) -> Any:
     """The dtype, that of typed random keys included."""
     return _aval(var).dtype
 

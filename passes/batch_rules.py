@@ -28,7 +28,8 @@ from typing import Literal as Choice
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from alpa_like.passes.flat import dtype_of, inner_jaxprs, scan_counts, shape_of, split_dims
+from alpa_like.passes.avals import dtype_of, shape_of
+from alpa_like.passes.flat import inner_jaxprs, scan_counts, split_dims
 
 __all__ = [
     "BODIES", "REMAT", "After", "Mixed", "Own", "Reduced", "Same", "Split", "Status",

@@ -53,7 +53,7 @@ def cut_trace(trace: Trace, length: int, lengths: Sequence[int]) -> CutTrace:
     batch = tuple(starts[i] for i in trace.batch)
 
     def again(*leaves: Any) -> Any:
-        whole = [_whole(leaves[starts[i]], trace.avals[i], cuts) for i, cuts in enumerate(split.inputs)]
+        whole = [leaves[starts[i]] if cuts is None else trace.avals[i] for i, cuts in enumerate(split.inputs)]
         assert trace.again is not None
         return split_scans(trace.again(*whole), lengths, scan_length=length, pairs=trace.stored).jaxpr
 
@@ -71,10 +71,6 @@ def cut_trace(trace: Trace, length: int, lengths: Sequence[int]) -> CutTrace:
         again,
     )
     return CutTrace(cut, split.inputs, split.outputs)
-
-
-def _whole(leaf: Any, aval: Any, cuts: Cuts) -> Any:
-    return leaf if cuts is None else aval
 
 
 def _leaves(leaves: Sequence[Leaf], cuts: Sequence[Cuts]) -> tuple[tuple[Leaf, ...], list[int]]:

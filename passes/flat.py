@@ -17,16 +17,27 @@ from jax.extend import core, source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from alpa_like.errors import TraceError
+from alpa_like.passes.avals import dtype_of, shape_of
 
 __all__ = [
-    "Flat", "Resizer", "body_of", "cone_of", "dtype_of", "equation_flops", "flatten", "function_of", "inner_jaxprs",
-    "nbytes", "reads", "replace_bodies", "scan_counts", "shape_of", "split_dims", "sub_jaxpr",
+    "Flat", "Resizer", "body_of", "cone_of", "equation_flops", "flatten", "function_of", "inner_jaxprs", "nbytes",
+    "reads", "replace_bodies", "scan_counts", "split_dims", "sub_jaxpr",
 ]  # fmt: skip
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_lin")
+_CALLS = frozenset(
+    (
+        "jit",
+        "pjit",
+        "call",
+        "closed_call",
+        "core_call",
+        "eval_jaxpr",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_lin",
+    )
+)
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
 _REMAT = ("remat2", "remat", "checkpoint")
 _CONTROL = ("scan", "while", "cond", *_REMAT)
 """The primitives whose bodies follow the batch size."""
@@ -214,14 +225,6 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
         consts, carries, _ = (len(part) for part in eqn.params["ft_in"].unpack())
         return consts, carries
     return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
-def shape_of(atom: Any) -> tuple[int, ...]:
-    return tuple(getattr(atom.aval, "shape", ()))
-
-
-def dtype_of(atom: Any) -> Any:
-    return atom.aval.dtype
 
 
 def split_dims(var: Any, full: Mapping[Any, tuple[int, ...]]) -> list[int]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Var
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from alpa_like.errors import PlanError
 from alpa_like.passes.avals import dtype_of, type_of
@@ -35,7 +35,7 @@ from alpa_like.passes.microbatch import split_batch
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import program_digest, value_names
 from alpa_like.passes.programs import Piece, Port, Scope, write_programs
-from alpa_like.placement import Given, LoweredPipeline, Returned, check_count
+from alpa_like.placement import Given, LoweredPipeline, Returned, check_count, device_mesh
 from alpa_like.plan import Accumulator, Pipeline, Placed, Plan, Spec, StagePlan, partition_spec
 from alpa_like.reshard import Layout, Transfer, plan_transfer
 from alpa_like.runtime.instructions import Program, Ref, Route, Run, Send, donations
@@ -115,6 +115,16 @@ class _Lowerer:
     def number(self, key: Any) -> int:
         """The number of a value: a variable, or ("total", variable) when all micro-batches have been added."""
         return self.numbers.setdefault(key, len(self.numbers))
+
+    @cached_property
+    def keys(self) -> dict[int, Any]:
+        """What each number stands for, once the programs are written."""
+        return {n: key for key, n in self.numbers.items()}
+
+    @cached_property
+    def places(self) -> dict[Var, int]:
+        """The flat argument of each input."""
+        return {v: i for i, v in enumerate(self.program.inputs)}
 
     @cached_property
     def value_names(self) -> dict[Var, str]:
@@ -222,16 +232,12 @@ class _Lowerer:
 
     # ---------------------------------------------------------------------------------------------- compiling
 
-    def mesh(self, stage: StagePlan) -> Mesh:
-        first, count = stage.devices
-        grid = np.array(self.devices[first : first + count]).reshape(stage.mesh_shape)
-        return Mesh(grid, stage.axis_names, axis_types=(AxisType.Auto,) * len(stage.axis_names))
-
     def stage_of(self, mesh: int) -> StagePlan:
         return next(self.plans[p.name] for p in self.pieces.pieces if p.mesh == mesh)
 
     def sharding(self, stage: StagePlan, spec: Spec) -> NamedSharding:
-        return NamedSharding(self.mesh(stage), partition_spec(spec, stage.axis_names))
+        mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, self.devices)
+        return NamedSharding(mesh, partition_spec(spec, stage.axis_names))
 
     def accumulator_sharding(self, stage: StagePlan, a: Accumulator) -> NamedSharding:
         return self.sharding(stage, (*((x,) for x in a.axes), *a.spec))
@@ -286,11 +292,10 @@ class _Lowerer:
 
     def transfers(self, programs: Sequence[Program]) -> dict[Route, tuple[Transfer, Any]]:
         """How each value gets from mesh to mesh."""
-        keys = {n: key for key, n in self.numbers.items()}
         routes = dict.fromkeys(i.transfer for p in programs for i in p.instructions if isinstance(i, Send))
         found: dict[Route, tuple[Transfer, Any]] = {}
         for route in routes:
-            key = keys[route.value]
+            key = self.keys[route.value]
             var = key[1] if isinstance(key, tuple) else key
             source, target = self.layout(key, route.source), self.layout(key, route.target)
             size = max(1, getattr(var.aval.dtype, "itemsize", 1) or 1)
@@ -307,26 +312,30 @@ class _Lowerer:
         var = key[1] if isinstance(key, tuple) else key
         if var in self.accumulators and self.accumulators[var][0].mesh == mesh:
             return self.accumulators[var][1].total
+        return self.specs.get((var, mesh), ((),) * len(var.aval.shape))
+
+    @cached_property
+    def specs(self) -> dict[tuple[Var, int], Spec]:
+        """How the first piece of a mesh that makes or reads a value has it."""
+        found: dict[tuple[Var, int], Spec] = {}
         for piece in self.pieces.pieces:
-            if piece.mesh == mesh:
-                stage = self.plans[piece.name]
-                for vars_, placed in ((piece.outputs, stage.outputs), (piece.inputs, stage.inputs)):
-                    if var in vars_:
-                        return placed[vars_.index(var)].spec
-        return ((),) * len(var.aval.shape)
+            stage = self.plans[piece.name]
+            ports = zip((*piece.outputs, *piece.inputs), (*stage.outputs, *stage.inputs), strict=True)
+            for var, placed in ports:
+                found.setdefault((var, piece.mesh), placed.spec)
+        return found
 
     def sharding_on(self, key: Any, mesh: int) -> NamedSharding:
         return self.sharding(self.stage_of(mesh), self.spec_on(key, mesh))
 
     def given(self, mesh: int, ref: Ref) -> Given:
-        keys = {n: key for key, n in self.numbers.items()}
-        var = keys[ref.value]
+        var = self.keys[ref.value]
         sharding = self.sharding_on(var, mesh)
         if var is self.program.index:
             return Given(-1, ref.index, sharding)
         if var in self.whole:
             return Given(self.whole[var], -1, sharding)
-        return Given(self.program.inputs.index(var), ref.index, sharding)
+        return Given(self.places[var], ref.index, sharding)
 
     def argument_shardings(self) -> tuple[NamedSharding | None, ...]:
         return tuple(

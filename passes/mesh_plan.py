@@ -27,7 +27,7 @@ from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pieces import StagePiece
 from alpa_like.passes.pins import PinWriter
 from alpa_like.passes.solve import estimate, least_memory, solve
-from alpa_like.plan import bytes_text
+from alpa_like.plan import PartialSum, Pin, bytes_text
 
 __all__ = ["MeshProblem", "MeshSolution", "SolverOptions"]
 
@@ -199,6 +199,21 @@ class MeshSolution:
             self.mesh.composite.segments,
             self.problem.spaces,
         )
+
+    @cached_property
+    def pins(self) -> tuple[Pin, ...]:
+        """The layouts to enforce, by ops of the composite graph."""
+        return self.writer.pins()
+
+    @cached_property
+    def sums(self) -> tuple[PartialSum, ...]:
+        """What is reduced once, by ops of the composite graph."""
+        return self.writer.sums()
+
+    def spec(self, tensor: int) -> Spec:
+        """How a tensor lies where pieces hand it on; a result of the step as it leaves."""
+        leaves = tensor in self.mesh.composite.graph.results and (tensor, "out") in self.decision.layouts
+        return self.writer.spec(tensor, "out" if leaves else "home")
 
     @cached_property
     def seconds(self) -> dict[str, float]:

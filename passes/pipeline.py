@@ -19,7 +19,7 @@ from alpa_like.cost import CostModel, RingCost
 from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.graph import skeleton
 from alpa_like.passes.avals import shape_of
-from alpa_like.passes.compose import Composite, GraphReader, compose
+from alpa_like.passes.compose import GraphReader, compose
 from alpa_like.passes.layers import Layers
 from alpa_like.passes.layouts import PARTIAL
 from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
@@ -29,7 +29,6 @@ from alpa_like.pipeshard import PipeshardParallel
 from alpa_like.plan import (
     Accumulator,
     PartialSum,
-    Pin,
     Pipeline,
     PipelineStage,
     Placed,
@@ -125,14 +124,14 @@ class PipelineWriter:
     def options(self) -> SolverOptions:
         return SolverOptions(self.method.solver, self.method.time_limit_s, self.method.gap)
 
-    def plan(self, layers: Layers, specs: Sequence[StageSpec], schedule: Schedule, ends: tuple[int, ...]) -> Plan:
+    def plan(self, layers: Layers, specs: Sequence[StageSpec], schedule: Schedule) -> Plan:
         """The plan of these stages under this schedule."""
         meshes = meshes_of(specs)
         ranges = [StageRange(s.first, s.last, m, s.remat) for s, m in zip(specs, meshes, strict=True)]
         pieces = form_pieces(layers, ranges, split_backward=schedule.splits_backward)
         solutions = self.solve(pieces, specs, schedule)
         writer = _PlanWriter(self, pieces, tuple(specs), schedule, solutions)
-        return writer.plan(ends)
+        return writer.plan()
 
     def solve(self, pieces: Pieces, specs: Sequence[StageSpec], schedule: Schedule) -> list[MeshSolution]:
         """The sharding of every mesh."""
@@ -270,8 +269,8 @@ class _PlanWriter:
         self.names = value_names(self.owner.trace, self.pieces)
         self.program: MicroProgram = self.pieces.layers.program
 
-    def plan(self, ends: tuple[int, ...]) -> Plan:
-        pipeline = self.pipeline(ends)
+    def plan(self) -> Plan:
+        pipeline = self.pipeline()
         stages = tuple(self.stage(piece) for piece in self.pieces.pieces)
         return Plan(
             self.owner.trace.name,
@@ -299,27 +298,13 @@ class _PlanWriter:
             self.devices(piece.mesh),
             tuple(self.placed(piece, v) for v in piece.inputs),
             tuple(self.placed(piece, v) for v in piece.outputs),
-            tuple(replace(p, op=p.op - first) for p in self.pins(piece.mesh) if first <= p.op < last),
+            tuple(replace(p, op=p.op - first) for p in solution.pins if first <= p.op < last),
             tuple(
-                replace(s, op=s.op - first, splits=_shifted(s, first))
-                for s in self.sums(piece.mesh)
-                if first <= s.op < last
+                replace(s, op=s.op - first, splits=_shifted(s, first)) for s in solution.sums if first <= s.op < last
             ),
             tuple(self.accumulators(piece, first)),
             skeleton(composite.graph, first, last),
         )
-
-    def pins(self, mesh: int) -> tuple[Pin, ...]:
-        return self._cached("pins", mesh, lambda: self.solutions[mesh].writer.pins())
-
-    def sums(self, mesh: int) -> tuple[PartialSum, ...]:
-        return self._cached("sums", mesh, lambda: self.solutions[mesh].writer.sums())
-
-    def _cached(self, what: str, mesh: int, make: Any) -> Any:
-        store: dict[tuple[str, int], Any] = self.__dict__.setdefault("_store", {})
-        if (what, mesh) not in store:
-            store[(what, mesh)] = make()
-        return store[(what, mesh)]
 
     def devices(self, mesh: int) -> tuple[int, int]:
         return next(s.devices for s, r in zip(self.specs, self.pieces.stages, strict=True) if r.mesh == mesh)
@@ -334,31 +319,25 @@ class _PlanWriter:
         composite = solution.mesh.composite
         total = not piece.is_micro and var in composite.totals
         tensor = composite.totals[var] if total else composite.tensors[var]
-        leaves = tensor in composite.graph.results and (tensor, "out") in solution.decision.layouts
-        return solution.writer.spec(tensor, "out" if leaves else "home")[: len(shape_of(var))]
+        return solution.spec(tensor)[: len(shape_of(var))]
 
     def accumulators(self, piece: StagePiece, first: int) -> list[Accumulator]:
         solution = self.solutions[piece.mesh]
         composite = solution.mesh.composite
-        held = {s.op: s for s in self.sums(piece.mesh)}
+        held = {s.op: s for s in solution.sums}
         found: list[Accumulator] = []
         for number, var in enumerate(piece.outputs):
             op = composite.accumulate.get(var)
             if op is None:
                 continue
             kind = self.pieces.layers.accumulated[var]
-            total = solution.writer.spec(composite.totals[var], self._total_version(solution, composite, var))
+            total = solution.spec(composite.totals[var])
             if op in held:
                 s = held[op]
                 found.append(Accumulator(number, kind, s.axes, s.spec, _shifted(s, first), total))
             else:
                 found.append(Accumulator(number, kind, (), self._whole(solution, op), (), total))
         return found
-
-    def _total_version(self, solution: MeshSolution, composite: Composite, var: Var) -> str:
-        tensor = composite.totals[var]
-        leaves = tensor in composite.graph.results and (tensor, "out") in solution.decision.layouts
-        return "out" if leaves else "home"
 
     def _whole(self, solution: MeshSolution, op: int) -> Spec:
         """The layout in which a micro-batch's share is added, without partial sums."""
@@ -373,12 +352,12 @@ class _PlanWriter:
 
     # ------------------------------------------------------------------------------------------------- predictions
 
-    def pipeline(self, ends: tuple[int, ...]) -> Pipeline:
+    def pipeline(self) -> Pipeline:
         layers = self.pieces.layers
         return Pipeline(
             self.program.num_micro_batches,
             self.schedule.name,
-            ends,
+            layers.ends,
             layers.flops,
             tuple(self.stage_times(i) for i in range(len(self.pieces.stages))),
             tuple(self.send_s(i) for i in range(len(self.pieces.stages) - 1)),
@@ -390,17 +369,13 @@ class _PlanWriter:
     def stage_times(self, stage: int) -> PipelineStage:
         r = self.pieces.stages[stage]
         solution = self.solutions[r.mesh]
-        local = self.local_stage(solution, stage)
-        seconds = {p.kind: solution.seconds[p.name] for p in solution.mesh.composite.pieces if p.stage == local}
+        seconds = {p.kind: solution.seconds[p.name] for p in solution.mesh.composite.pieces if p.stage == stage}
         inputs, weights = seconds.get("input_grad", 0.0), seconds.get("weight_grad", 0.0)
         backward = seconds.get("backward", inputs + weights)
         return PipelineStage(
             r.first, r.last, r.mesh, r.remat, self.schedule.in_flight(stage),
-            solution.in_flight_bytes.get(local, 0.0), seconds.get("forward", 0.0), backward, inputs, weights,
+            solution.in_flight_bytes.get(stage, 0.0), seconds.get("forward", 0.0), backward, inputs, weights,
         )  # fmt: skip
-
-    def local_stage(self, solution: MeshSolution, stage: int) -> int:
-        return stage if any(p.stage == stage for p in solution.mesh.composite.pieces) else -2
 
     def update_s(self, mesh: int) -> float:
         solution = self.solutions[mesh]
@@ -459,5 +434,4 @@ def program_digest(trace: Trace) -> str:
 
 def schedule_of(name: str, specs: Sequence[StageSpec], num_micro_batches: int) -> Schedule:
     """A schedule for stages, some of which may share their mesh."""
-    meshes = len({s.devices for s in specs})
-    return make_schedule(name, len(specs), num_micro_batches, meshes if meshes < len(specs) else None)
+    return make_schedule(name, len(specs), num_micro_batches, len({s.devices for s in specs}))

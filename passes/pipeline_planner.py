@@ -148,7 +148,6 @@ class _Planner:
         if self.method.stage_option.num_stages != "auto" or self.method.num_micro_batches != "auto":
             return plan
         whole = ShardParallel(
-            axis_names=None,
             memory_budget_bytes=self.method.memory_budget_bytes,
             solver=self.method.solver,
             time_limit_s=self.method.time_limit_s,
@@ -258,7 +257,7 @@ class _Planner:
     def written(self, layers: Layers, specs: list[StageSpec], name: str) -> Plan:
         self.specs = specs
         schedule = schedule_of(name, specs, layers.program.num_micro_batches)
-        return self.writer.plan(layers, specs, schedule, layers.ends)
+        return self.writer.plan(layers, specs, schedule)
 
     def searched(self, layers: Layers, option: AutoStageOption, name: str) -> Plan:
         """The stages that the dynamic program finds.
@@ -351,8 +350,7 @@ class _Planner:
 
     @property
     def remat(self) -> bool:
-        option = self.method.layer_option
-        return isinstance(option, AutoLayerOption | ManualLayerOption) and option.remat_mode == "layer"
+        return self.method.layer_option.remat_mode == "layer"
 
     def manual(self, layers: Layers, option: ManualStageOption) -> list[StageSpec]:
         named = option.forward_stage_layer_ids[-1][-1] + 1

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from alpa_like.errors import GraphError, MethodError
+from alpa_like.passes.flat import equation_flops, flatten, sub_jaxpr
 
 __all__ = ["Cuts", "SplitScans", "split_scans", "stacked_scan_lengths"]
 
@@ -103,20 +103,9 @@ def stacked_scan_lengths(closed_jaxpr: ClosedJaxpr) -> tuple[int, ...]:
     for eqn in _inlined(closed_jaxpr).jaxpr.eqns:
         if eqn.primitive.name == "scan":
             length = eqn.params["length"]
-            flops[length] = flops.get(length, 0.0) + _flops(eqn)
+            flops[length] = flops.get(length, 0.0) + equation_flops(eqn)
             directions.setdefault(length, set()).add(eqn.params["reverse"])
     return tuple(sorted((n for n, seen in directions.items() if len(seen) == 2), key=lambda n: (-flops[n], n)))
-
-
-def _flops(eqn: JaxprEqn) -> float:
-    size = float(sum(math.prod(_shape(v)) for v in eqn.outvars))
-    operands = [_shape(v) for v in eqn.invars]
-    if eqn.primitive.name == "dot_general":
-        return 2 * size * math.prod(operands[0][d] for d in eqn.params["dimension_numbers"][0][0])
-    if eqn.primitive.name == "conv_general_dilated":
-        return 2 * size * math.prod(operands[1]) / operands[1][eqn.params["dimension_numbers"].rhs_spec[0]]
-    bodies = list(jaxprs_in_params(eqn.params))
-    return eqn.params.get("length", 1) * sum(_flops(e) for body in bodies for e in body.eqns) if bodies else size
 
 
 def _check(closed: ClosedJaxpr, length: int, pairs: Sequence[tuple[int, int]]) -> None:
@@ -151,37 +140,9 @@ def _types(aval: Any, cuts: Cuts) -> list[Any]:
 
 
 def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same jaxpr without calls."""
-    types = [one for aval in closed.in_avals for one in _types(aval, None)]
-    return _traced(lambda *args: _evaluate(closed, args), types)
-
-
-def _evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(closed.jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
-    for eqn in closed.jaxpr.eqns:
-        operands, body = [read(v) for v in eqn.invars], _callee(eqn)
-        with _at(eqn, source_info_util.current_name_stack()):
-            results = _bind(eqn, operands, eqn.params) if body is None else _evaluate(body, operands)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
-
-
-def _callee(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    """What a call runs. Custom derivatives have done their work by the time a whole step is cut."""
-    match eqn.primitive.name:
-        case "jit":
-            return eqn.params["jaxpr"]
-        case "call":
-            return ClosedJaxpr(eqn.params["call_jaxpr"], ())
-        case "closed_call" | "eval_jaxpr" | "custom_jvp_call" | "custom_vjp_call":
-            return eqn.params["call_jaxpr"]
-        case _:
-            return None
+    """The same jaxpr without calls. Custom derivatives have done their work by the time a whole step is cut."""
+    flat = flatten(closed)
+    return sub_jaxpr(flat.equations, flat.inputs, flat.outputs, flat.constants)
 
 
 @contextmanager

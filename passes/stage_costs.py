@@ -161,8 +161,12 @@ class LayerCosts:
             return 0.0
         inside = submesh.num_devices < self.cluster.devices_per_host or self.cluster.hosts == 1
         link = self.cluster.intra_host if inside else self.cluster.inter_host
-        crossing = sum(nbytes(v) for v in self.layers.crossing(last))
-        return link.latency_s + crossing / (link.bandwidth_bytes_per_s * submesh.num_devices)
+        return link.latency_s + self.crossing_bytes[last] / (link.bandwidth_bytes_per_s * submesh.num_devices)
+
+    @cached_property
+    def crossing_bytes(self) -> list[float]:
+        """Bytes of a micro-batch's activations across the cut behind each layer but the last."""
+        return [sum(nbytes(v) for v in self.layers.crossing(n)) for n in range(self.layers.count - 1)]
 
     def state_bytes(self, first: int, last: int) -> float:
         """Bytes of the state of some layers and of what they accumulate, which no plan can do without."""
@@ -171,8 +175,9 @@ class LayerCosts:
     @cached_property
     def layer_bytes(self) -> list[float]:
         found = [0.0] * self.layers.count
+        batch = set(self.trace.batch)
         for i, var in enumerate(self.layers.program.inputs):
-            if i not in set(self.trace.batch):
+            if i not in batch:
                 found[self.layers.owners.get(var, 0)] += nbytes(var)
         for var in self.layers.accumulated:
             found[self.layers.owners.get(var, 0)] += nbytes(var)
@@ -185,17 +190,14 @@ class LayerCosts:
         """Sends are part of the options already, unless they are hidden."""
         if not self.hides_sends:
             return 0.0
-        crossing = sum(nbytes(v) for v in self.layers.crossing(boundary))
         link = self.cluster.inter_host if self.cluster.hosts > 1 else self.cluster.intra_host
-        return link.latency_s + crossing / (link.bandwidth_bytes_per_s * self.cluster.devices_per_host)
+        bandwidth = link.bandwidth_bytes_per_s * self.cluster.devices_per_host
+        return link.latency_s + self.crossing_bytes[boundary] / bandwidth
 
     @cached_property
     def prices(self) -> tuple[float, ...]:
         """Prices of memory to try, the lowest that makes sense first."""
-        statuses = self.layers.program.inputs
-        state = sum(nbytes(v) for i, v in enumerate(statuses) if i not in set(self.trace.batch))
-        state += sum(nbytes(v) for v in self.layers.accumulated)
-        crowded = state > _CROWDED * self.budget * self.cluster.num_devices
+        crowded = sum(self.layer_bytes) > _CROWDED * self.budget * self.cluster.num_devices
         return _PRICES[1:] if crowded else _PRICES
 
     def shapes(self, submesh: Submesh) -> list[tuple[int, ...]]:
@@ -285,14 +287,9 @@ class LayerCosts:
         return found
 
     def graph_s(self, graph: OpGraph) -> float:
-        device = self.cluster.device
-        total = 0.0
-        for op in graph.ops:
-            if op.flops:
-                dtype = graph.tensors[(*op.operands, *op.results)[0]].dtype
-                peak = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype) * device.flops_efficiency
-                total += op.count * op.flops / peak
-        return total
+        one = RingCost(self.cluster.part(1, 1), (1,), native_reduce_scatter=True)
+        work = [(op, graph.tensors[(*op.operands, *op.results)[0]].dtype) for op in graph.ops if op.flops]
+        return sum(op.count * one.compute_s(op.flops, 0.0, dtype) for op, dtype in work)
 
     # --------------------------------------------------------------------------------------------- layers as pieces
 

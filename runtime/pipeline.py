@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, assert_never, cast
 
 import jax
@@ -36,10 +36,10 @@ class PipelineExecutable(Executable):
     """A step compiled as a pipeline. State leaves live on the mesh of their stage, as the step returns them."""
 
     def __init__(
-        self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any], cuts: Cutting | None = None
+        self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any], cuts: Cutting
     ) -> None:
         self._begin(trace, plan, devices[0])
-        self._cuts = cuts or Cutting((None,) * len(trace.arguments), (None,) * len(trace.results))
+        self._cuts = cuts
         self._lowered_pipeline = lowered
         transfers = {r: LocalTransport(t, devices, dtype) for r, (t, dtype) in lowered.transfers.items()}
         self._interpreter = Interpreter(lowered.programs, lowered.pieces, transfers, lowered.names)
@@ -221,7 +221,6 @@ class _Feed:
     def __init__(self, homes: Sequence[Any], given: Sequence[Given]) -> None:
         self._given = given
         self._count = 1 + max((g.micro_batch for g in given), default=0)
-        self._cut: dict[int, Callable[[Any], Sequence[Any]]] = {}
         self._numbers = {
             i: jax.device_put(np.int32(g.micro_batch), g.sharding) for i, g in enumerate(given) if g.argument < 0
         }

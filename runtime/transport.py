@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from alpa_like.errors import ProgramError
+from alpa_like.placement import device_mesh
 from alpa_like.plan import partition_spec
 from alpa_like.reshard import Cut, Layout, Transfer
 
@@ -49,8 +50,7 @@ def sharding_of(layout: Layout, devices: Sequence[Any]) -> NamedSharding:
             f"the layout needs devices {layout.ids.start} to {layout.ids.stop - 1}, but {len(devices)} are here; "
             "plan for the devices here"
         )
-    grid = np.array([devices[i] for i in layout.ids]).reshape(layout.mesh_shape)
-    mesh = Mesh(grid, layout.axis_names, axis_types=(AxisType.Auto,) * len(layout.axis_names))
+    mesh = device_mesh(layout.mesh_shape, layout.axis_names, layout.devices, devices)
     return NamedSharding(mesh, partition_spec(layout.spec, layout.axis_names))
 
 

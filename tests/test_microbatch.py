@@ -14,8 +14,9 @@ from jax.experimental import io_callback
 from jax.extend.core import Var
 
 from alpa_like.errors import MethodError, TraceError
+from alpa_like.passes.avals import dtype_of, shape_of
 from alpa_like.passes.batch_rules import Split
-from alpa_like.passes.flat import dtype_of, function_of, shape_of, sub_jaxpr
+from alpa_like.passes.flat import function_of, sub_jaxpr
 from alpa_like.passes.microbatch import MicroProgram, split_batch
 from alpa_like.tracer import Trace, trace
 
