@@ -10,9 +10,11 @@ from alpa_like.api import (
     shutdown,
     value_and_grad,
 )
+from alpa_like.checkpoint import Saving, latest_step, restore_checkpoint, save_checkpoint
 from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import (
     AlpaError,
+    CheckpointError,
     ClusterError,
     GraphError,
     InfeasibleError,
@@ -34,11 +36,15 @@ from alpa_like.pipeshard import (
 from alpa_like.plan import Plan
 from alpa_like.runtime.executable import Executable
 from alpa_like.runtime.pipeline import PipelineExecutable
+from alpa_like.runtime.remote_arrays import RemoteArray
+from alpa_like.runtime.remote_executable import RemoteExecutable
+from alpa_like.training import prefetch, train
 
 __all__ = [
     "AlpaError",
     "AutoLayerOption",
     "AutoStageOption",
+    "CheckpointError",
     "Cluster",
     "ClusterError",
     "DataParallel",
@@ -57,6 +63,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProgramError",
+    "RemoteArray",
+    "RemoteExecutable",
+    "Saving",
     "ShardParallel",
     "SolverError",
     "TraceError",
@@ -66,8 +75,13 @@ __all__ = [
     "create_state",
     "grad",
     "init",
+    "latest_step",
     "mark_pipeline_boundary",
     "parallelize",
+    "prefetch",
+    "restore_checkpoint",
+    "save_checkpoint",
     "shutdown",
+    "train",
     "value_and_grad",
 ]

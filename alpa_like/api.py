@@ -16,16 +16,17 @@ from alpa_like.errors import ClusterError, MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
 from alpa_like.passes.cut_scans import cut_trace
 from alpa_like.passes.layers import BOUNDARY
-from alpa_like.passes.lower import lower
+from alpa_like.passes.lower import lower, lower_single
 from alpa_like.passes.lower_pipeline import lower_pipeline
 from alpa_like.passes.pipeline_planner import make_pipeline_plan
 from alpa_like.passes.planner import make_plan
 from alpa_like.pipeshard import PipeshardParallel
-from alpa_like.placement import matching, pipeline_shardings, state_shardings
+from alpa_like.placement import AbstractDevices, argument_layouts, matching
 from alpa_like.plan import Plan
 from alpa_like.runtime import session
 from alpa_like.runtime.executable import Executable
 from alpa_like.runtime.pipeline import Cutting, PipelineExecutable
+from alpa_like.runtime.remote_executable import RemoteExecutable, born
 from alpa_like.runtime.session import EMULATED_DEVICES
 from alpa_like.tracer import Signature, Trace, bind, signature_of, trace
 
@@ -43,17 +44,45 @@ __all__ = [
 logger = logging.getLogger("alpa_like")
 
 
-def init(cluster: Cluster | None = None, *, num_devices: int | None = None) -> None:
+def init(
+    cluster: Cluster | Literal["ray"] | None = None,
+    *,
+    num_devices: int | None = None,
+    address: str | None = None,
+    num_hosts: int | None = None,
+    max_restarts: int = 0,
+    wait_s: float = 300.0,
+) -> None:
     """Choose the devices that steps run on: all GPUs or TPUs, or 8 emulated devices where there is only a CPU.
 
     cluster: what plans are made for by default; `Cluster.local()` if not given. num_devices: use the first so many.
     Call it before anything else uses JAX. Raises `ClusterError` where there are fewer devices than asked for.
+
+    With `cluster="ray"`, or an `address`, steps run on a Ray cluster: on worker processes on its hosts, while this one
+    only gives the orders. address: `host:port` of a cluster, "auto" for one that runs on this machine, "local" to start
+    one; by default the one that this process is part of, or `RAY_ADDRESS`, else one is started. num_devices, num_hosts:
+    how many in all, where not all there are; a description of a cluster says it too. wait_s: seconds to wait for hosts
+    to join or to become free. max_restarts: how often `alpa.train` goes on after a worker has died.
     """
-    session.start(cluster, num_devices)
+    if cluster != "ray" and address is None:
+        _check_local(num_hosts, max_restarts)
+        session.start(cluster, num_devices)
+        return
+    if type(max_restarts) is not int or max_restarts < 0:
+        raise ClusterError(f"max_restarts must be a whole number from 0 on, found {max_restarts!r}")
+    if cluster is not None and cluster != "ray" and type(cluster) is not Cluster:
+        raise ClusterError(f'cluster must be an alpa_like.Cluster, "ray" or None, found {cluster!r}')
+    described = cluster if isinstance(cluster, Cluster) else None
+    session.start_on_ray(described, address, num_devices, num_hosts, max_restarts, wait_s)
+
+
+def _check_local(num_hosts: int | None, max_restarts: int) -> None:
+    if num_hosts is not None or max_restarts:
+        raise ClusterError('num_hosts and max_restarts are for a Ray cluster: add cluster="ray"')
 
 
 def shutdown() -> None:
-    """End the session that `init` began; arrays stay valid."""
+    """End the session that `init` began. Arrays of this process stay valid; workers end, and what they hold is gone."""
     session.stop()
 
 
@@ -143,7 +172,7 @@ class ParallelFunction:
             chosen.mesh_shape,
             f"{donated}, …" if donated else "nothing",
         )
-        executable = _executable(traced, chosen, here.devices)
+        executable = _executable(traced, chosen, here)
         self._executables[signature] = executable
         self._last, self._last_plan = (self._split(args)[1], executable), (chosen, traced)
         return executable
@@ -160,11 +189,11 @@ class ParallelFunction:
                 f"{self.__name__} has no plan yet; call {self.__name__}.compile(jax.eval_shape(init_fn), batch) first"
             )
         plan, traced = self._last_plan
-        if plan.pipeline is not None:
-            cut, cutting = _cut(traced, plan)
-            flat = cutting.places(pipeline_shardings(cut, plan, session.current().devices), cutting.inputs)
-            return matching(traced, jax.tree.unflatten(traced.in_tree, flat), state)
-        return state_shardings(traced, plan, session.current().devices, state)
+        here = session.current()
+        cut, cutting = _cut(traced, plan)
+        flat = [here.place(layout) for layout in argument_layouts(cut, plan, here.devices)]
+        places = cutting.places(flat, cutting.inputs)
+        return matching(traced, jax.tree.unflatten(traced.in_tree, places), state)
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         if not self.static_argnums:
@@ -173,13 +202,16 @@ class ParallelFunction:
         return dynamic, tuple((type(a), a) for i, a in enumerate(args) if i in self.static_argnums)
 
     def _trace(self, signature: Signature, args: Sequence[Any]) -> Trace:
-        if signature not in self._traces:
+        platform = session.current().platform
+        known = self._traces.get(signature)
+        if known is None or known.platform != platform:
             self._traces[signature] = trace(
                 self.fun,
                 args,
                 donate_argnums=self.donate_argnums,
                 batch_argnums=self.batch_argnums,
                 static_argnums=self.static_argnums,
+                platform=platform,
             )
         return self._traces[signature]
 
@@ -203,11 +235,14 @@ class ParallelFunction:
         return f"argument {name} changed from {old[1]}{list(old[0])} to {new[1]}{list(new[0])}"
 
 
-def _executable(traced: Trace, plan: Plan, devices: Sequence[Any]) -> Executable:
-    if plan.pipeline is None:
-        return Executable(traced, plan, lower(traced, plan, devices))
+def _executable(traced: Trace, plan: Plan, here: session.Session) -> Executable:
     cut, cutting = _cut(traced, plan)
-    return PipelineExecutable(traced, plan, lower_pipeline(cut, plan, devices), devices, cutting)
+    if isinstance(here.devices, AbstractDevices) and here.remote is not None:
+        make = lower_single if plan.pipeline is None else lower_pipeline
+        return RemoteExecutable(traced, cut, plan, make(cut, plan, here.devices), here.remote, cutting)
+    if plan.pipeline is None:
+        return Executable(traced, plan, lower(traced, plan, here.devices))
+    return PipelineExecutable(traced, plan, lower_pipeline(cut, plan, here.devices), here.devices, cutting)
 
 
 def _cut(traced: Trace, plan: Plan) -> tuple[Trace, Cutting]:
@@ -295,7 +330,11 @@ def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction
     if not isinstance(like, ParallelFunction | Executable):
         raise PlanError(f"like must be a parallelized function or an Executable, found {like!r}")
     shapes = jax.eval_shape(init_fn, *args)
-    return _born(init_fn, args, jax.tree.structure(shapes), like.state_shardings(shapes))
+    tree, places = jax.tree.structure(shapes), like.state_shardings(shapes)
+    remote = session.current().remote
+    if remote is not None:
+        return born(remote, getattr(init_fn, "__name__", "init"), init_fn, args, tree, places)
+    return _born(init_fn, args, tree, places)
 
 
 def _born(init_fn: Callable[..., Any], args: tuple[Any, ...], tree: Any, shardings: Any) -> Any:

@@ -29,7 +29,7 @@ class ChunkedArray:
     is. For other functions gather first: `jax.tree.map(np.asarray, params)`.
     """
 
-    def __init__(self, parts: Sequence[jax.Array]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
 
     @property

@@ -38,3 +38,11 @@ class InfeasibleError(PlanError):
 
 class ProgramError(AlpaError, RuntimeError):
     """A compiled step failed, or was called with arguments that it was not compiled for."""
+
+
+class CheckpointError(AlpaError, RuntimeError):
+    """A checkpoint could not be written, is missing or broken, or holds the state of another model."""
+
+
+class WorkerError(AlpaError, RuntimeError):
+    """A process of a cluster died, did not answer in time, or failed in what it was asked to do."""

@@ -1,34 +1,70 @@
-"""Where a plan puts arguments and results on real devices: meshes and `NamedSharding`s, for passes and runtime."""
+"""Where a plan puts arguments and results: meshes, layouts and `NamedSharding`s, for passes and runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.tree_util import tree_unflatten
 
 from alpa_like.errors import PlanError
-from alpa_like.plan import Placed, Plan, StagePlan, partition_spec
-from alpa_like.reshard import Transfer
+from alpa_like.plan import Placed, Plan, Spec, StagePlan, partition_spec
+from alpa_like.reshard import Layout, Transfer
 from alpa_like.runtime.instructions import Program, Ref, Route
 from alpa_like.tracer import Trace
 
 __all__ = [
+    "AbstractDevices",
     "Given",
     "Lowered",
     "LoweredPipeline",
     "Returned",
+    "argument_layouts",
     "check_count",
     "device_mesh",
+    "layout_in",
     "matching",
-    "pipeline_shardings",
     "place",
-    "state_shardings",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class AbstractDevices(Sequence[int]):
+    """Devices that are elsewhere, known by number only: what a step is lowered for that other processes run.
+
+    There are `total` of them. `platform` is that of `jax.Device.platform` there; "gpu" means NVIDIA's, "rocm" AMD's.
+    """
+
+    total: int
+    platform: str
+
+    def __post_init__(self) -> None:
+        if self.platform not in _LOWERED_FOR:
+            raise PlanError(f"expected a platform of {', '.join(_LOWERED_FOR)}, found {self.platform!r}")
+        if self.total < 1:
+            raise PlanError(f"expected 1 or more devices, found {self.total}")
+
+    @property
+    def lowering_platform(self) -> str:
+        """JAX's name of the platform that programs are lowered for."""
+        return _LOWERED_FOR[self.platform]
+
+    def __len__(self) -> int:
+        return self.total
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> range: ...
+    def __getitem__(self, index: int | slice) -> int | range:
+        return range(self.total)[index]
+
+
+_LOWERED_FOR = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +83,7 @@ class Given:
 
     argument: int
     micro_batch: int
-    sharding: NamedSharding
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +97,20 @@ class Returned:
 
 @dataclass(frozen=True)
 class LoweredPipeline:
-    """Everything that runs a step. `arguments` are the shardings of the flat arguments, None for those of the batch."""
+    """Everything that runs a step, and where: as layouts, which need no device.
+
+    `pieces` are compiled, or for `AbstractDevices` `runtime.staged.Staged`. `arguments` are the layouts of the flat
+    arguments, None for those of a batch that is cut up; `results` those of the flat results, None where parts of
+    micro-batches are joined and for constants.
+    """
 
     programs: tuple[Program, ...]
     pieces: dict[str, Any]
     transfers: dict[Route, tuple[Transfer, Any]]
     given: dict[tuple[int, Ref], Given]
     returned: tuple[Returned, ...]
-    arguments: tuple[NamedSharding | None, ...]
-    results: tuple[NamedSharding | None, ...]
+    arguments: tuple[Layout | None, ...]
+    results: tuple[Layout | None, ...]
     names: dict[int, str]
 
 
@@ -84,11 +125,22 @@ def check_count(count: int, devices: Sequence[Any]) -> None:
 
 def device_mesh(
     shape: tuple[int, ...], axis_names: tuple[str, ...], numbers: tuple[int, int], devices: Sequence[Any]
-) -> Mesh:
-    """A mesh of the devices (first, count) of all `devices`, row-major."""
+) -> Any:
+    """A mesh of the devices (first, count) of all `devices`, row-major; an `AbstractMesh` of `AbstractDevices`.
+
+    An `AbstractMesh` does not know which devices it stands for: keep the `Layout` where that matters.
+    """
+    types = (AxisType.Auto,) * len(axis_names)
+    if isinstance(devices, AbstractDevices):
+        return AbstractMesh(shape, axis_names, axis_types=types)
     first, count = numbers
-    grid = np.array(devices[first : first + count]).reshape(shape)
-    return Mesh(grid, axis_names, axis_types=(AxisType.Auto,) * len(axis_names))
+    grid = np.array([devices[n] for n in range(first, first + count)]).reshape(shape)
+    return Mesh(grid, axis_names, axis_types=types)
+
+
+def layout_in(stage: StagePlan, spec: Spec) -> Layout:
+    """A spec on the mesh of a stage."""
+    return Layout(stage.mesh_shape, stage.axis_names, stage.devices, spec)
 
 
 def place(trace: Trace, stage: StagePlan, devices: Sequence[Any]) -> tuple[Mesh, tuple[Any, ...], Any]:
@@ -102,24 +154,16 @@ def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(placed.spec, mesh.axis_names))
 
 
-def state_shardings(trace: Trace, plan: Plan, devices: Iterable[Any], state: Any) -> Any:
-    """Where the plan places the argument with the tree and shapes of `state`; `PlanError` where there is none."""
-    here = list(devices)
-    check_count(plan.stages[0].devices[1], here)
-    return matching(trace, place(trace, plan.stages[0], here)[1], state)
-
-
-def pipeline_shardings(trace: Trace, plan: Plan, devices: Sequence[Any]) -> list[NamedSharding]:
-    """Where a plan with a pipeline places each flat argument: on the mesh of its stage."""
+def argument_layouts(trace: Trace, plan: Plan, devices: Sequence[Any]) -> list[Layout]:
+    """Where the plan places each flat argument; with a pipeline on the mesh of its stage. `PlanError` for too few."""
     check_count(max(stage.devices[0] + stage.devices[1] for stage in plan.stages), devices)
-    known: dict[str, NamedSharding] = {}
+    known: dict[str, Layout] = {}
     for stage in sorted(plan.stages, key=lambda s: not s.name.startswith("update")):
-        mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, devices)
         for placed in stage.inputs:
-            known.setdefault(placed.path, _sharding(mesh, placed))
-    anywhere = next(iter(known.values()))
-    nowhere = NamedSharding(anywhere.mesh, partition_spec((), ()))
-    return [known.get(leaf.path, nowhere) for leaf in trace.arguments]
+            known.setdefault(placed.path, layout_in(stage, placed.spec))
+    anywhere = plan.stages[0]
+    unread = (layout_in(anywhere, ((),) * len(leaf.shape)) for leaf in trace.arguments)
+    return [known.get(leaf.path, place) for leaf, place in zip(trace.arguments, unread, strict=True)]
 
 
 def matching(trace: Trace, inputs: Sequence[Any], state: Any) -> Any:

@@ -15,18 +15,27 @@ from typing import Any
 
 from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import sdy
+from jax.stages import Traced
 
 from alpa_like.errors import GraphError
 from alpa_like.graph import Op, OpGraph, Rule, Tensor, identity_rule
 from alpa_like.inline import inline_calls, where
 
-__all__ = ["Reading", "annotate", "read", "strip"]
+__all__ = ["Reading", "annotate", "graph_of", "read", "strip"]
 
 _PIPELINE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 _FREE = ("stablehlo.constant", "stablehlo.iota", "stablehlo.partition_id")
 _TERMINATORS = ("stablehlo.return", "func.return", "sdy.return")
 _COMBINERS = ("add", "maximum", "minimum", "and", "or", "xor")
 _NOT_ELEMENTWISE = ("chlo.top_k", "chlo.ragged_dot")
+
+
+def graph_of(traced: Traced, platform: str | None) -> OpGraph:
+    """The operator graph of a traced function as it is lowered for a platform, that of this process if None."""
+    lowered = traced.lower() if platform is None else traced.lower(lowering_platforms=(platform,))
+    module = lowered.compiler_ir("stablehlo")
+    annotate(module)
+    return read(module).graph
 
 
 def annotate(module: Any) -> None:

@@ -54,7 +54,8 @@ class Signature:
 class Trace:
     """A traced step. `stored` pairs flat arguments with the flat results that take their place in the next step.
 
-    `donated` are argument numbers (static ones not counted); `batch` and `stored` speak of flat leaves.
+    `donated` are argument numbers (static ones not counted); `batch` and `stored` speak of flat leaves. `platform` is
+    what it is lowered for, None for that of this process.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Trace:
     donated: tuple[int, ...]
     batch: tuple[int, ...]
     again: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+    platform: str | None = None
     sizes: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
 
     def at_batch_size(self, size: int) -> Any:
@@ -97,10 +99,8 @@ class Trace:
     @cached_property
     def graph(self) -> OpGraph:
         """The operator graph. Uses no device."""
-        lowered = jax.jit(self.function(), keep_unused=True).trace(*self.abstract_arguments()).lower()
-        module = lowered.compiler_ir("stablehlo")
-        stablehlo.annotate(module)
-        return stablehlo.read(module).graph
+        traced = jax.jit(self.function(), keep_unused=True).trace(*self.abstract_arguments())
+        return stablehlo.graph_of(traced, self.platform)
 
     @cached_property
     def donated_leaves(self) -> tuple[int, ...]:
@@ -175,9 +175,11 @@ def trace(
     donate_argnums: Literal["auto"] | Sequence[int] = "auto",
     batch_argnums: Sequence[int] = (1,),
     static_argnums: Sequence[int] = (),
+    platform: str | None = None,
 ) -> Trace:
     """Trace `fun(*args)`; arguments may be arrays or `jax.ShapeDtypeStruct`s.
 
+    platform: what it is lowered for ("cpu", "cuda", "tpu"); that of this process if None.
     Raises `TraceError` for arguments that are no arrays; what the function itself raises passes through.
     """
     names = _argument_names(fun, len(args))
@@ -213,7 +215,18 @@ def trace(
         return jax.jit(call).trace(*given).jaxpr
 
     return Trace(
-        _name(fun), traced.jaxpr, in_tree, out_tree, arguments, results, avals, stored, donated, tuple(batch), again
+        _name(fun),
+        traced.jaxpr,
+        in_tree,
+        out_tree,
+        arguments,
+        results,
+        avals,
+        stored,
+        donated,
+        tuple(batch),
+        again,
+        platform,
     )
 
 

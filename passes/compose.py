@@ -26,9 +26,10 @@ __all__ = ["Composite", "GraphReader", "compose"]
 
 
 class GraphReader:
-    """Reads the graphs of pieces; equal pieces are lowered once."""
+    """Reads the graphs of pieces as they are lowered for `platform`; equal pieces are lowered once."""
 
-    def __init__(self) -> None:
+    def __init__(self, platform: str | None = None) -> None:
+        self.platform = platform
         self.known: dict[str, OpGraph] = {}
         self.names: dict[int, tuple[StagePiece, str]] = {}
 
@@ -44,10 +45,8 @@ class GraphReader:
         if key not in self.known:
             closed = pieces.jaxpr(piece)
             types = [type_of(v) for v in piece.inputs]
-            lowered = jax.jit(function_of(closed, "piece"), keep_unused=True).trace(*types).lower()
-            module = lowered.compiler_ir("stablehlo")
-            stablehlo.annotate(module)
-            self.known[key] = stablehlo.read(module).graph
+            traced = jax.jit(function_of(closed, "piece"), keep_unused=True).trace(*types)
+            self.known[key] = stablehlo.graph_of(traced, self.platform)
         return self.known[key]
 
 

@@ -69,6 +69,7 @@ def cut_trace(trace: Trace, length: int, lengths: Sequence[int]) -> CutTrace:
         donated,
         batch,
         again,
+        trace.platform,
     )
     return CutTrace(cut, split.inputs, split.outputs)
 

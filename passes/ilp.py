@@ -33,9 +33,10 @@ import pulp
 from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution
 
-__all__ = ["available_solvers", "solve"]
+__all__ = ["OPTIMAL_GAP", "available_solvers", "solve"]
 
-_OPTIMAL_GAP = 1e-9
+OPTIMAL_GAP = 1e-9
+"""Relative gap at which the solver may stop where none is asked for."""
 
 
 def available_solvers() -> tuple[str, ...]:
@@ -51,8 +52,10 @@ def _cbc(**options: Any) -> Any:
         return pulp.PULP_CBC_CMD(**options)
 
 
-def solve(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0) -> Solution:
-    """The optimum of `problem` within its memory limit.
+def solve(
+    problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0, gap: float = OPTIMAL_GAP
+) -> Solution:
+    """The optimum of `problem` within its memory limit, or what is proven to be within `gap` (relative) of it.
 
     Where the time runs out, the best solution found so far, its status "feasible" and its gap.
     Raises `InfeasibleError` where nothing fits the limit, `SolverError` where no solution was found in time.
@@ -63,7 +66,7 @@ def solve(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: flo
     while True:
         left = time_limit_s - (time.perf_counter() - start)
         model = _Model.build(problem, times)
-        solution = model.run(solver, max(left, 1.0), start)
+        solution = model.run(solver, max(left, 1.0), start, gap)
         peak, when = problem.memory(solution.choice)
         if peak <= problem.limit * (1 + 1e-9):
             return solution
@@ -153,8 +156,8 @@ class _Model:
         room = (self.problem.limit - self.problem.fixed_bytes) / unit
         self.model.addConstraint(pulp.LpAffineExpression(list(terms.items())) <= room, f"memory_{when}")
 
-    def run(self, solver: str, time_limit_s: float, start: float) -> Solution:
-        engine, name = _engine(solver, time_limit_s)
+    def run(self, solver: str, time_limit_s: float, start: float, gap: float) -> Solution:
+        engine, name = _engine(solver, time_limit_s, gap)
         status = self.model.solve(engine)
         variables = sum(v is not None for row in self.x for v in row) + self.flows
         if status == pulp.LpStatusInfeasible:
@@ -198,12 +201,12 @@ def _classes(costs: Costs, variables: list[Any]) -> tuple[list[int], npt.NDArray
     return representatives, classes
 
 
-def _engine(solver: str, time_limit_s: float) -> tuple[Any, str]:
+def _engine(solver: str, time_limit_s: float, gap: float) -> tuple[Any, str]:
     names = available_solvers()
     name = names[0] if solver == "auto" and names else solver
     if name not in names:
         raise SolverError(f"solver {solver!r} is not available; expected one of {('auto', *names)}")
-    options: dict[str, Any] = {"msg": False, "timeLimit": time_limit_s, "gapRel": _OPTIMAL_GAP}
+    options: dict[str, Any] = {"msg": False, "timeLimit": time_limit_s, "gapRel": gap}
     return (pulp.HiGHS(**options) if name == "HiGHS" else _cbc(**options)), name
 
 

@@ -5,17 +5,22 @@ left to choose where it matters and does one native step at a time. Operands tha
 same path share it.
 
 Contract
-    Input: a `Trace`, a verified `Plan` of it, the devices. Output: `jax.stages.Compiled`.
+    Input: a `Trace`, a verified `Plan` of it, the devices. Output: `Lowered`, with a `jax.stages.Compiled`, or for
+    `AbstractDevices` a `LoweredPipeline` of one mesh, with a `Staged`.
     Raises: `PlanError` where the plan belongs to another program or another number of devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 
@@ -23,22 +28,27 @@ from alpa_like import stablehlo
 from alpa_like.errors import PlanError
 from alpa_like.graph import OpGraph, skeleton
 from alpa_like.passes.sums import hold_back, hold_share
-from alpa_like.placement import Lowered, check_count, place
-from alpa_like.plan import Pin, Plan, Spec, StagePlan
+from alpa_like.placement import (
+    AbstractDevices,
+    Given,
+    Lowered,
+    LoweredPipeline,
+    Returned,
+    check_count,
+    layout_in,
+    place,
+)
+from alpa_like.plan import Pin, Placed, Plan, Spec, StagePlan
+from alpa_like.runtime.instructions import Free, Program, Ref, Run, verify
+from alpa_like.runtime.staged import make_piece
 from alpa_like.tracer import Trace
 
-__all__ = ["enforce", "enforce_piece", "lower"]
+__all__ = ["enforce", "enforce_piece", "lower", "lower_single"]
 
 
 def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
     """Compile a plan of one stage for `devices`."""
-    check_count(plan.stages[0].devices[1], devices)
-    if trace.graph.digest != plan.program:
-        raise PlanError(
-            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
-            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
-        )
-    stage = plan.stages[0]
+    stage = _only_stage(trace, plan, devices)
     mesh, inputs, outputs = place(trace, stage, devices)
     step = jax.jit(
         trace.function(),
@@ -51,6 +61,78 @@ def lower(trace: Trace, plan: Plan, devices: Sequence[Any]) -> Lowered:
     if len(devices) > 1:
         enforce(lowered.compiler_ir("stablehlo"), plan, stage)
     return Lowered(lowered.compile(), mesh, inputs, outputs)
+
+
+def lower_single(trace: Trace, plan: Plan, devices: AbstractDevices) -> LoweredPipeline:
+    """The same plan for devices elsewhere: a pipeline of one mesh, which runs one piece, "step", on flat leaves.
+
+    The piece takes all arguments, the batch as a whole, and makes all results, those that are constants or arguments
+    as they are too. Donated are the leaves that `lower` would donate and whose memory a result can take.
+    """
+    stage = _only_stage(trace, plan, devices)
+    inputs, outputs = ([layout_in(stage, p.spec) for p in places] for places in (stage.inputs, stage.outputs))
+    donated = _reused(trace, stage)
+    edit = partial(enforce, plan=plan, stage=stage) if len(devices) > 1 else None
+    step = make_piece(trace.name, jaxpr_as_fun(trace.jaxpr), trace.avals, inputs, outputs, devices, donated, edit)
+    given, made = _refs(0, len(inputs)), _refs(len(inputs), len(outputs))
+    freed = tuple(ref for ref in given if ref.value not in donated)
+    run = Run("step", given, made, "step", donated)
+    program = Program(0, given, (run, Free(freed)) if freed else (run,), made)
+    verify((program,))
+    return LoweredPipeline(
+        (program,),
+        {"step": step},
+        {},
+        {(0, ref): Given(i, -1, inputs[i]) for i, ref in enumerate(given)},
+        tuple(Returned(((0, ref),)) for ref in made),
+        tuple(inputs),
+        tuple(outputs),
+        {i: leaf.path for i, leaf in enumerate((*trace.arguments, *trace.results))},
+    )
+
+
+def _refs(first: int, count: int) -> tuple[Ref, ...]:
+    return tuple(Ref(n) for n in range(first, first + count))
+
+
+def _reused(trace: Trace, stage: StagePlan) -> tuple[int, ...]:
+    """The donated leaves whose memory results take, as JAX and XLA pair them: equal tiles first, then equal sizes."""
+    tiles = {i: _tile(stage, stage.inputs[i]) for i in trace.donated_leaves}
+    room = Counter(_tile(stage, p) for p in stage.outputs)
+    found = _taken(tiles, room)
+    sizes = {i: _size(tile) for i, tile in tiles.items() if i not in found}
+    left = Counter(_size(tile) for tile in room.elements())
+    return tuple(sorted((*found, *_taken(sizes, left))))
+
+
+def _taken(wanted: Mapping[int, Any], room: Counter[Any]) -> list[int]:
+    """The leaves that find room, which they take away."""
+    found: list[int] = []
+    for i, kind in wanted.items():
+        if room[kind] > 0:
+            room[kind] -= 1
+            found.append(i)
+    return found
+
+
+def _size(tile: tuple[tuple[int, ...], str]) -> tuple[int, str]:
+    return math.prod(tile[0]), tile[1]
+
+
+def _tile(stage: StagePlan, placed: Placed) -> tuple[tuple[int, ...], str]:
+    """What one device holds of an argument or result: shape and dtype."""
+    return layout_in(stage, placed.spec).tile_shape(placed.shape), placed.dtype
+
+
+def _only_stage(trace: Trace, plan: Plan, devices: Sequence[Any]) -> StagePlan:
+    """The stage of a plan without a pipeline; `PlanError` for other devices or another program."""
+    check_count(plan.stages[0].devices[1], devices)
+    if trace.graph.digest != plan.program:
+        raise PlanError(
+            f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
+            f"{trace.name} with these arguments has {trace.graph.digest}; plan it again"
+        )
+    return plan.stages[0]
 
 
 def enforce(module: Any, plan: Plan, stage: StagePlan) -> None:

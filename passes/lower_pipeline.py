@@ -5,7 +5,8 @@ the totals. A piece that makes a micro-batch's share takes what has been accumul
 added; where each device keeps a summand of its own, the accumulator has a leading dim as large as the mesh axis.
 
 Contract
-    Input: a `Trace`, a verified `Plan` of it with a pipeline, the devices. Output: `LoweredPipeline`.
+    Input: a `Trace`, a verified `Plan` of it with a pipeline, the devices. Output: `LoweredPipeline`, whose pieces
+    are staged where the devices are `AbstractDevices`.
     Raises: `PlanError` where the plan belongs to another program or another number of devices.
 """
 
@@ -15,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Var
-from jax.sharding import NamedSharding
+from jax.stages import Compiled
 
 from alpa_like.errors import PlanError
 from alpa_like.passes.avals import dtype_of, type_of
@@ -35,17 +36,18 @@ from alpa_like.passes.microbatch import split_batch
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import program_digest, value_names
 from alpa_like.passes.programs import Piece, Port, Scope, write_programs
-from alpa_like.placement import Given, LoweredPipeline, Returned, check_count, device_mesh
-from alpa_like.plan import Accumulator, Pipeline, Placed, Plan, Spec, StagePlan, partition_spec
+from alpa_like.placement import Given, LoweredPipeline, Returned, check_count, layout_in
+from alpa_like.plan import Accumulator, Pipeline, Placed, Plan, Spec, StagePlan
 from alpa_like.reshard import Layout, Transfer, plan_transfer
 from alpa_like.runtime.instructions import Program, Ref, Route, Run, Send, donations
+from alpa_like.runtime.staged import Staged, make_piece
 from alpa_like.tracer import Trace
 
 __all__ = ["lower_pipeline"]
 
 
 def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredPipeline:
-    """Compile a plan with a pipeline for `devices`."""
+    """Compile a plan with a pipeline for `devices`; for `AbstractDevices` the pieces are staged instead."""
     if plan.pipeline is None:
         raise PlanError("the plan has no pipeline; expected one made by PipeshardParallel")
     count = max(stage.devices[0] + stage.devices[1] for stage in plan.stages)
@@ -61,7 +63,7 @@ def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredP
         raise PlanError(
             f"the plan has pieces {[s.name for s in plan.stages]}, the program needs {names}; plan it again"
         )
-    return _Lowerer(trace, plan, plan.pipeline, pieces, tuple(devices)).lower()
+    return _Lowerer(trace, plan, plan.pipeline, pieces, devices).lower()
 
 
 def rebuild(trace: Trace, pipeline: Pipeline) -> Pieces:
@@ -78,7 +80,7 @@ class _Lowerer:
     plan: Plan
     pipeline: Pipeline
     pieces: Pieces
-    devices: tuple[Any, ...]
+    devices: Sequence[Any]
     numbers: dict[Any, int] = field(default_factory=dict[Any, int])
 
     def __post_init__(self) -> None:
@@ -105,9 +107,9 @@ class _Lowerer:
         held = {ref: p.mesh for p in programs for ref in p.returned}
         names = {n: self.name_of(key) for key, n in self.numbers.items()}
         returned = tuple(self.returned(v, held) for v in self.program.outputs)
-        results = tuple(self.result_sharding(v) for v in self.program.outputs)
+        results = tuple(self.result_layout(v) for v in self.program.outputs)
         return LoweredPipeline(
-            programs, compiled, self.transfers(programs), given, returned, self.argument_shardings(), results, names
+            programs, compiled, self.transfers(programs), given, returned, self.argument_layouts(), results, names
         )
 
     # ------------------------------------------------------------------------------------------------- values
@@ -235,58 +237,44 @@ class _Lowerer:
     def stage_of(self, mesh: int) -> StagePlan:
         return next(self.plans[p.name] for p in self.pieces.pieces if p.mesh == mesh)
 
-    def sharding(self, stage: StagePlan, spec: Spec) -> NamedSharding:
-        mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, self.devices)
-        return NamedSharding(mesh, partition_spec(spec, stage.axis_names))
-
-    def accumulator_sharding(self, stage: StagePlan, a: Accumulator) -> NamedSharding:
-        return self.sharding(stage, (*((x,) for x in a.axes), *a.spec))
-
-    def compile(self, piece: StagePiece, donated: tuple[int, ...]) -> Any:
+    def compile(self, piece: StagePiece, donated: tuple[int, ...]) -> Compiled | Staged:
         stage = self.plans[piece.name]
         accumulators = stage.accumulators
         fun = accumulating(function_of(self.pieces.jaxpr(piece), "piece"), stage, len(piece.inputs))
-        inputs = [self.sharding(stage, p.spec) for p in stage.inputs]
-        inputs += [self.accumulator_sharding(stage, a) for a in accumulators]
-        outputs = [self.sharding(stage, p.spec) for p in stage.outputs]
+        inputs = [layout_in(stage, p.spec) for p in stage.inputs] + [accumulator_layout(stage, a) for a in accumulators]
+        outputs = [layout_in(stage, p.spec) for p in stage.outputs]
         types = [type_of(v) for v in piece.inputs]
         for a in accumulators:
-            outputs[a.result] = self.accumulator_sharding(stage, a)
+            outputs[a.result] = accumulator_layout(stage, a)
             types.append(accumulator_type(piece.outputs[a.result], a, stage))
-        fun.__name__ = piece.name.replace(" ", "_").replace(".", "_")
-        step = jax.jit(fun, in_shardings=tuple(inputs), out_shardings=outputs, donate_argnums=donated, keep_unused=True)
-        lowered = step.trace(*types).lower()
-        if stage.devices[1] > 1 and (stage.pins or accumulators):
-            enforce_piece(lowered.compiler_ir("stablehlo"), stage)
-        return lowered.compile()
+        pins = stage.devices[1] > 1 and (stage.pins or accumulators)
+        edit = partial(enforce_piece, stage=stage) if pins else None
+        return make_piece(piece.name, fun, types, inputs, outputs, self.devices, donated, edit)
 
-    def zeros(self, mesh: int) -> Any:
+    def zeros(self, mesh: int) -> Compiled | Staged:
         stage = self.stage_of(mesh)
         made = [(v, self.accumulators[v][1]) for v in self.mine(mesh)]
         types = [(accumulator_type(v, a, stage), a.op) for v, a in made]
-        shardings = [self.accumulator_sharding(stage, a) for _, a in made]
+        layouts = [accumulator_layout(stage, a) for _, a in made]
 
         def zeros() -> list[jax.Array]:
             return [jnp.full(t.shape, start_of(op, t.dtype), t.dtype) for t, op in types]
 
-        return jax.jit(zeros, out_shardings=shardings).lower().compile()
+        return make_piece(f"zeros {mesh}", zeros, (), (), layouts, self.devices)
 
-    def finish(self, mesh: int, donated: tuple[int, ...]) -> Any:
+    def finish(self, mesh: int, donated: tuple[int, ...]) -> Compiled | Staged:
         stage = self.stage_of(mesh)
         made = [(v, self.accumulators[v][1]) for v in self.mine(mesh) if self.needs_finish(v)]
         types = [accumulator_type(v, a, stage) for v, a in made]
+        inputs, outputs = zip(
+            *((accumulator_layout(stage, a), layout_in(stage, a.total)) for _, a in made), strict=True
+        )
 
         def finish(*shares: jax.Array) -> list[jax.Array]:
             pairs = zip(shares, made, strict=True)
             return [x.sum(tuple(range(len(a.axes)))).astype(dtype_of(v)) for x, (v, a) in pairs]
 
-        step = jax.jit(
-            finish,
-            in_shardings=tuple(self.accumulator_sharding(stage, a) for _, a in made),
-            out_shardings=[self.sharding(stage, a.total) for _, a in made],
-            donate_argnums=donated,
-        )
-        return step.trace(*types).lower().compile()
+        return make_piece(f"finish {mesh}", finish, types, inputs, outputs, self.devices, donated)
 
     # -------------------------------------------------------------------------------------- what goes in and out
 
@@ -305,8 +293,7 @@ class _Lowerer:
 
     def layout(self, key: Any, mesh: int) -> Layout:
         """How a value lies on a mesh that makes or reads it."""
-        stage = self.stage_of(mesh)
-        return Layout(stage.mesh_shape, stage.axis_names, stage.devices, self.spec_on(key, mesh))
+        return layout_in(self.stage_of(mesh), self.spec_on(key, mesh))
 
     def spec_on(self, key: Any, mesh: int) -> Spec:
         var = key[1] if isinstance(key, tuple) else key
@@ -325,22 +312,17 @@ class _Lowerer:
                 found.setdefault((var, piece.mesh), placed.spec)
         return found
 
-    def sharding_on(self, key: Any, mesh: int) -> NamedSharding:
-        return self.sharding(self.stage_of(mesh), self.spec_on(key, mesh))
-
     def given(self, mesh: int, ref: Ref) -> Given:
         var = self.keys[ref.value]
-        sharding = self.sharding_on(var, mesh)
+        layout = self.layout(var, mesh)
         if var is self.program.index:
-            return Given(-1, ref.index, sharding)
+            return Given(-1, ref.index, layout)
         if var in self.whole:
-            return Given(self.whole[var], -1, sharding)
-        return Given(self.places[var], ref.index, sharding)
+            return Given(self.whole[var], -1, layout)
+        return Given(self.places[var], ref.index, layout)
 
-    def argument_shardings(self) -> tuple[NamedSharding | None, ...]:
-        return tuple(
-            None if v in self.batch else self.sharding_on(v, self.pieces.homes[v]) for v in self.program.inputs
-        )
+    def argument_layouts(self) -> tuple[Layout | None, ...]:
+        return tuple(None if v in self.batch else self.layout(v, self.pieces.homes[v]) for v in self.program.inputs)
 
     def returned(self, atom: Any, held: Mapping[Ref, int]) -> Returned:
         if not isinstance(atom, Var):
@@ -350,11 +332,16 @@ class _Lowerer:
         dim = getattr(self.program.statuses[atom], "dim", -1) if self.scope(atom) == "micro" else -1
         return Returned(tuple((held[r], r) for r in refs), dim)
 
-    def result_sharding(self, atom: Any) -> NamedSharding | None:
+    def result_layout(self, atom: Any) -> Layout | None:
         if not isinstance(atom, Var) or self.scope(atom) == "micro":
             return None
         mesh = self.pieces.makers[atom].mesh if atom in self.pieces.makers else self.pieces.homes[atom]
-        return self.sharding_on(atom, mesh)
+        return self.layout(atom, mesh)
+
+
+def accumulator_layout(stage: StagePlan, a: Accumulator) -> Layout:
+    """How what is accumulated lies: a leading dim per mesh axis over which it keeps partial sums."""
+    return layout_in(stage, (*((x,) for x in a.axes), *a.spec))
 
 
 def accumulated_dtype(var: Any) -> Any:

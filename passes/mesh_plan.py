@@ -51,6 +51,8 @@ class MeshProblem:
     donated: frozenset[Var]
     results: tuple[Var, ...]
     batch: frozenset[Var] = frozenset()
+    built: dict[object, tuple[Liveness, ShardingProblem]] = field(default_factory=dict, compare=False, repr=False)
+    least: dict[object, float] = field(default_factory=dict[object, float], compare=False, repr=False)
 
     @cached_property
     def replaced(self) -> dict[Var, tuple[int, int]]:
@@ -125,21 +127,38 @@ class MeshProblem:
             tensors[(tensor, "home")] = tensors[(tensor, "out")] = whole
         return Restrictions(tensors)
 
+    def build(
+        self, cost: CostModel, in_flight: Mapping[int, int], spaces: Spaces | None = None
+    ) -> tuple[Liveness, ShardingProblem]:
+        """What there is to decide on the mesh of `cost`; remembered, as it is asked for with many prices of memory."""
+        key = (cost, tuple(sorted(in_flight.items())))
+        if key not in self.built:
+            liveness = self.liveness(in_flight)
+            self.built[key] = liveness, build(self.groups, cost, liveness, self.restrictions(), spaces)
+        return self.built[key]
+
     def solve(
         self, cost: CostModel, budget: float, in_flight: Mapping[int, int], options: SolverOptions
     ) -> MeshSolution:
         """The best sharding on the mesh of `cost`; `InfeasibleError` where it needs more than `budget` bytes."""
-        liveness = self.liveness(in_flight)
-        problem = build(self.groups, cost, liveness, self.restrictions())
+        liveness, problem = self.build(cost, in_flight)
         limited = replace(problem.problem, limit=budget)
         try:
             solution = solve(limited, solver=options.solver, time_limit_s=options.time_limit_s, gap=options.gap)
         except InfeasibleError:
-            least = least_memory(problem.problem)
-            raise InfeasibleError(
-                f"at least {bytes_text(least)} per device are needed, {bytes_text(budget)} are there"
-            ) from None
+            raise self.too_large(self.least_bytes(cost, in_flight), budget) from None
         return MeshSolution(self, cost, liveness, replace(problem, problem=limited), solution)
+
+    def least_bytes(self, cost: CostModel, in_flight: Mapping[int, int]) -> float:
+        """A lower bound on the peak per device on the mesh of `cost`."""
+        key = (cost, tuple(sorted(in_flight.items())))
+        if key not in self.least:
+            self.least[key] = least_memory(self.build(cost, in_flight)[1].problem)
+        return self.least[key]
+
+    @staticmethod
+    def too_large(least: float, budget: float) -> InfeasibleError:
+        return InfeasibleError(f"at least {bytes_text(least)} per device are needed, {bytes_text(budget)} are there")
 
     def price(
         self,
@@ -155,8 +174,7 @@ class MeshProblem:
 
         Where it is not to be `exact`, a good one does that is found faster.
         """
-        liveness = self.liveness(in_flight)
-        problem = build(self.groups, cost, liveness, self.restrictions(), spaces)
+        liveness, problem = self.build(cost, in_flight, spaces)
         base = replace(problem.problem, usages=())
         if price_s_per_byte:
             unary = [c.copy() for c in base.unary]

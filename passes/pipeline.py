@@ -8,6 +8,7 @@ Contract
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,8 +49,14 @@ __all__ = ["PipelineWriter", "StageSpec", "value_names"]
 _LOWEST_PRICE, _HIGHEST_PRICE, _DEARER = 0.1, 100.0, 3.0
 """Prices of all memory, in ideal step times, that are tried where a stage does not fit: each so many times the last."""
 
+_SURELY_DEAR = 1.0
+"""The price above which it is not raised further where the last rise saved no memory."""
+
 _PROOF_S, _PROVEN_OPS = 10.0, 3000
 """Seconds for the optimum of a stage, for which a good solution is known already, and how many ops it has at most."""
+
+_STAGE_GAP = 0.01
+"""How near the optimum a stage has to be that only fits with prices for the moments when memory is fullest."""
 
 _USUAL_IN_FLIGHT = 4
 """Micro-batches in flight that a price of memory reckons with."""
@@ -112,9 +119,12 @@ class PipelineWriter:
     trace: Trace
     cluster: Cluster
     method: PipeshardParallel
-    reader: GraphReader = field(default_factory=GraphReader)
+    reader: GraphReader = field(init=False)
     ideal_s: float = 1.0
     solved: dict[object, MeshSolution] = field(default_factory=dict[object, MeshSolution])
+
+    def __post_init__(self) -> None:
+        self.reader = GraphReader(self.trace.platform)
 
     @property
     def budget(self) -> float:
@@ -136,15 +146,23 @@ class PipelineWriter:
     def solve(self, pieces: Pieces, specs: Sequence[StageSpec], schedule: Schedule) -> list[MeshSolution]:
         """The sharding of every mesh."""
         flying = {i: schedule.in_flight(i) for i in range(schedule.num_stages)}
-        found: list[MeshSolution] = []
-        for number in range(pieces.num_meshes):
+        found: dict[int, MeshSolution] = {}
+        for number in self.tightest_first(pieces, flying):
             spec = next(s for s, r in zip(specs, pieces.stages, strict=True) if r.mesh == number)
             problem = mesh_problem(self.trace, pieces, number, self.reader)
             try:
-                found.append(self.best(problem, spec, flying))
+                found[number] = self.best(problem, spec, flying)
             except InfeasibleError as error:
                 raise InfeasibleError(too_large(pieces, number, spec, schedule, str(error))) from None
-        return found
+        return [found[number] for number in range(pieces.num_meshes)]
+
+    def tightest_first(self, pieces: Pieces, flying: Mapping[int, int]) -> list[int]:
+        """The meshes, those first that hold more micro-batches than under 1F1B: what can't fit is found out early."""
+        count = len(pieces.stages)
+        most = {r.mesh: 0.0 for r in pieces.stages}
+        for i, stage in enumerate(pieces.stages):
+            most[stage.mesh] = max(most[stage.mesh], flying[i] / (count - i))
+        return sorted(range(pieces.num_meshes), key=lambda mesh: (-most[mesh], mesh))
 
     def best(self, problem: MeshProblem, spec: StageSpec, flying: Mapping[int, int]) -> MeshSolution:
         """The fastest of the meshes that a stage may have."""
@@ -157,15 +175,20 @@ class PipelineWriter:
             solution, price = min(fits, key=lambda pair: pair[0].step_s)
             return self.proven(solution, price).in_flight(mine)
         cost = RingCost(part, shapes[0], native_reduce_scatter=self.native)
-        return problem.solve(cost, self.budget, mine, self.options)  # says what is missing, or finds what prices don't
+        options = replace(self.options, gap=max(self.options.gap, _STAGE_GAP))
+        return problem.solve(cost, self.budget, mine, options)  # says what is missing, or finds what prices don't
 
     def fitting(
         self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int], price: float
     ) -> tuple[MeshSolution, float]:
         """A solution at the lowest price of memory at which it fits, and that price; the last where none does."""
-        solution = self.priced(problem, part, shape, price).in_flight(flying)
+        solution, before = self.priced(problem, part, shape, price).in_flight(flying), math.inf
+        if solution.memory_bytes > self.budget and problem.least_bytes(solution.cost, flying) > self.budget:
+            return solution, price
         while solution.memory_bytes > self.budget and price < _HIGHEST_PRICE:
-            price = max(price * _DEARER, _LOWEST_PRICE)
+            if solution.memory_bytes == before and price > _SURELY_DEAR:
+                break  # a higher price saves nothing more
+            before, price = solution.memory_bytes, max(price * _DEARER, _LOWEST_PRICE)
             solution = self.priced(problem, part, shape, price).in_flight(flying)
         return solution, price
 

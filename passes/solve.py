@@ -8,6 +8,7 @@ the integer program with the limit, narrowed by both, closes what gap is left.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,9 @@ _CLOSE_ENOUGH = 1e-6
 
 _ESTIMATED_BY = (2_000, 10_000)
 """Flow variables of the integer programs that `estimate` solves, the larger one where the smaller has no solution."""
+
+_MOST_SQUEEZED, _SQUEEZES = 16.0, 5
+"""How far prices found for single times are raised together, and how often the least factor is halved."""
 
 _CUTS = 12
 _MAX_TIMES = 8
@@ -114,7 +118,7 @@ def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) ->
             raise InfeasibleError("the choices exclude each other: no combination is allowed")
         return Solution("optimal", choice, cost, cost, 0.0, 0, "elimination")
     folded = fold(reduced.problem)
-    part = _solve_core(folded.problem, solver, time_limit_s, {}, np.inf)
+    part = _solve_core(folded.problem, solver, time_limit_s)
     choice = reduced.expand(folded.expand(part.choice))
     cost = problem.cost(choice)
     if not np.isfinite(cost):
@@ -122,15 +126,23 @@ def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) ->
     return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
 
 
-def _solve_core(problem: AssignmentProblem, solver: str, time_limit_s: float, prices: Prices, known: float) -> Solution:
+def _solve_core(
+    problem: AssignmentProblem,
+    solver: str,
+    time_limit_s: float,
+    *,
+    prices: Prices | None = None,
+    known: float = np.inf,
+    gap: float = 0.0,
+) -> Solution:
     """The integer program, narrowed first where it is large."""
 
     def run(part: AssignmentProblem) -> Solution:
-        return ilp.solve(part, solver=solver, time_limit_s=time_limit_s)
+        return ilp.solve(part, solver=solver, time_limit_s=time_limit_s, gap=max(gap, ilp.OPTIMAL_GAP))
 
     if flow_entries(problem) <= _NARROW_ABOVE:
         return run(problem)
-    narrowed = narrow(problem, run, _NARROW_ABOVE, prices, known)
+    narrowed = narrow(problem, run, _NARROW_ABOVE, prices or {}, known)
     part = run(narrowed.problem)
     return replace(part, choice=narrowed.expand(part.choice))
 
@@ -173,7 +185,31 @@ class _Search:
             found = self.price(when, found)
             if self.closed():
                 return self.result()
-        return self.exact()
+        if self.best is None:
+            self.squeeze(found)
+        return self.result() if self.closed() else self.exact()
+
+    def squeeze(self, below: Solution) -> None:
+        """Raise all prices together until a solution fits, and no further than needed: room at one time may only be
+        had for memory at others. `below` needs too much at these prices.
+        """
+        low, high = 1.0, 2.0
+        above = self.free(self.times(high))
+        while not self.fits(above.choice) and high < _MOST_SQUEEZED:
+            low, high, below = high, high * 2, above
+            above = self.free(self.times(high))
+        for _ in range(_SQUEEZES):
+            if self.closed() or not self.fits(above.choice):
+                return
+            self.mix(below, above)
+            middle = math.sqrt(low * high)
+            found = self.free(self.times(middle))
+            fits = self.fits(found.choice)
+            low, high, below, above = (low, middle, below, found) if fits else (middle, high, found, above)
+
+    def times(self, factor: float) -> Prices:
+        """All prices found so far, times a factor."""
+        return {when: price * factor for when, price in self.prices.items()}
 
     def price(self, when: int, below: Solution) -> Solution:
         """Find the best price for memory at one time, the other prices as they are; return a solution that fits there.
@@ -285,7 +321,7 @@ class _Search:
             peak, when = self.problem.memory(found.choice)
             if peak <= self.problem.limit * (1 + 1e-9):
                 self.best = min((s for s in (self.best, found) if s), key=lambda s: s.cost)
-                if proven and found.status == "optimal":
+                if proven:
                     self.bound = max(self.bound, min(found.bound, self.best.cost))
                 if proven or self.closed():
                     break
@@ -307,7 +343,9 @@ class _Search:
         reduced = eliminate(limited, frozenset(u.node for u in usages))
         folded = fold(reduced.problem) if fold_it else Folded(reduced.problem, tuple(range(len(reduced.kept))))
         known = self.best.cost - reduced.offset if self.best else np.inf
-        part = _solve_core(folded.problem, self.solver, max(1.0, self.left()), self.prices, known)
+        part = _solve_core(
+            folded.problem, self.solver, max(1.0, self.left()), prices=self.prices, known=known, gap=self.gap / 2
+        )
         choice = reduced.expand(folded.expand(part.choice))
         cost = self.problem.cost(choice)
         found = replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))

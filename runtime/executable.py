@@ -11,7 +11,7 @@ from jax.tree_util import tree_leaves
 
 from alpa_like.chunked import ChunkedArray
 from alpa_like.errors import ProgramError, TraceError
-from alpa_like.placement import Lowered, state_shardings
+from alpa_like.placement import Lowered, matching
 from alpa_like.plan import Plan
 from alpa_like.runtime import hlo
 from alpa_like.tracer import Trace, abstract_leaf
@@ -52,15 +52,15 @@ class Executable:
     """A step compiled by a plan. Arguments are moved to where the plan wants them, if they are elsewhere."""
 
     def __init__(self, trace: Trace, plan: Plan, lowered: Lowered) -> None:
-        self._begin(trace, plan, lowered.mesh.devices.flat[0])
+        self._begin(trace, plan, (type(jax.device_put(0.0, lowered.mesh.devices.flat[0])), ChunkedArray))
         self._lowered = lowered
         self._call = lowered.compiled
 
-    def _begin(self, trace: Trace, plan: Plan, device: Any) -> None:
-        """What executables of one mesh and of several have in common."""
+    def _begin(self, trace: Trace, plan: Plan, kinds: tuple[type, ...]) -> None:
+        """What all executables have in common; `kinds` are the classes of leaves that a step may have taken."""
         self.plan = plan
         self._trace = trace
-        self._array = type(jax.device_put(0.0, device))
+        self._kinds = kinds
         self._scalars = tuple((i, a.weak_type) for i, a in enumerate(trace.avals) if not a.shape)
         self._donated = trace.donated_leaves
 
@@ -102,7 +102,7 @@ class Executable:
         leaves = tree_leaves(args)
         if len(leaves) != len(self._trace.avals):
             return False
-        if any(type(x) in (self._array, ChunkedArray) and x.is_deleted() for x in leaves):
+        if any(type(x) in self._kinds and x.is_deleted() for x in leaves):
             return False  # XLA's CPU backend ends the process on these
         if any(_weak(leaves[i]) != weak for i, weak in self._scalars):
             return False
@@ -149,7 +149,7 @@ class Executable:
                 shape, dtype, weak = abstract_leaf(value)
             except TraceError as error:
                 raise ProgramError(f"argument {leaf.path} must be an array, but {error}") from None
-            if isinstance(value, jax.Array | ChunkedArray) and value.is_deleted():
+            if isinstance(value, (jax.Array, *self._kinds)) and value.is_deleted():
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"
                 )
@@ -177,7 +177,7 @@ class Executable:
 
     def state_shardings(self, state: Any) -> Any:
         """The shardings of the argument that has the tree and shapes of `state`."""
-        return state_shardings(self._trace, self.plan, self.mesh.devices.flat, state)
+        return matching(self._trace, self.input_shardings, state)
 
     def hlo_text(self) -> str:
         """The optimized HLO of one device."""

@@ -1,7 +1,8 @@
-"""Runs the programs of all meshes in one process: one driver thread hands everything out and waits for nothing.
+"""Runs programs: those of all meshes in one process, or that of one mesh whose partners are in other processes.
 
-The order, and the place of every buffer in one flat list, are worked out once; a step then is a loop over calls. A
-`Send` hands its buffer over at once and a `Recv` finds it there: the devices wait for each other, not the driver.
+One thread hands everything out and waits for nothing. The order, and the place of every buffer in one flat list, are
+worked out once; a step then is a loop over calls. In one process a `Send` hands its buffer over at once and a `Recv`
+finds it there: the devices wait for each other, not the driver.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, assert_never, runtime_checkable
 
@@ -18,7 +20,7 @@ import jax
 from alpa_like.errors import ProgramError
 from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Route, Run, Send, running_order, verify
 
-__all__ = ["Event", "Interpreter", "Move", "TwoHalves", "interpret"]
+__all__ = ["Event", "Interpreter", "Move", "RemoteHalf", "TwoHalves", "interpret"]
 
 Calls = Callable[..., Sequence[Any]]
 
@@ -37,6 +39,14 @@ class TwoHalves(Protocol):
 
 Move = Callable[[Any], Any] | TwoHalves
 """How a buffer gets to another mesh: a call at the `Send` that returns the buffer there, or two halves."""
+
+
+class RemoteHalf(Protocol):
+    """This process's half of the transfers of one route. Neither method waits for data."""
+
+    def send(self, ref: Ref, value: Any, /) -> None: ...
+
+    def receive(self, ref: Ref, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +96,36 @@ class Interpreter:
         names: Mapping[int, str] | None = None,
     ) -> None:
         verify(programs)
+        self._begin(programs, running_order(programs), pieces, transfers, {}, names)
+
+    @classmethod
+    def of_mesh(
+        cls,
+        program: Program,
+        pieces: Mapping[str, Calls],
+        halves: Mapping[Route, RemoteHalf],
+        names: Mapping[int, str] | None = None,
+    ) -> Interpreter:
+        """The step of one mesh, whose partners run in other processes. Verify the programs of all meshes before."""
+        self = cls.__new__(cls)
+        order = [(0, number) for number in range(len(program.instructions))]
+        self._begin((program,), order, pieces, {}, halves, names)
+        return self
+
+    def _begin(
+        self,
+        programs: Sequence[Program],
+        order: Iterable[tuple[int, int]],
+        pieces: Mapping[str, Calls],
+        transfers: Mapping[Route, Move],
+        halves: Mapping[Route, RemoteHalf],
+        names: Mapping[int, str] | None,
+    ) -> None:
         self.given = tuple((p.mesh, ref) for p in programs for ref in p.given)
         self.returned = tuple((p.mesh, ref) for p in programs for ref in p.returned)
         self._names = names or {}
-        compiler = _Compiler(self.given, pieces, transfers)
-        self._ops = compiler.ops(programs)
+        compiler = _Compiler(self.given, pieces, transfers, halves)
+        self._ops = compiler.ops(programs, order)
         self._empty = len(compiler.slots) - len(self.given)
         self._results = tuple(compiler.slots[key] for key in self.returned)
         self._calls = tuple((op.call, op.inputs, op.outputs, tuple(op.dead)) for op in self._ops)
@@ -244,15 +279,17 @@ class _Compiler:
         given: Iterable[tuple[int, Ref]],
         pieces: Mapping[str, Calls],
         transfers: Mapping[Route, Move],
+        halves: Mapping[Route, RemoteHalf],
     ) -> None:
+        self._halves = halves
         self.slots = {key: slot for slot, key in enumerate(given)}
         self._pieces = pieces
         self._transfers = transfers
         self._made: list[_Op] = []
         self._awaited: dict[int, list[int]] = {}
 
-    def ops(self, programs: Sequence[Program]) -> tuple[_Op, ...]:
-        for i, number in running_order(programs):
+    def ops(self, programs: Sequence[Program], order: Iterable[tuple[int, int]]) -> tuple[_Op, ...]:
+        for i, number in order:
             self._add(programs[i].mesh, programs[i], number)
         return tuple(self._made)
 
@@ -266,23 +303,31 @@ class _Compiler:
                 op.dead.extend(op.donated)
                 self._append(op)
             case Send(ref, target, route):
+                label, slot = f"sending {ref} to mesh {target}", self._slot(mesh, ref)
+                if route in self._halves:
+                    self._append(_Op(_no_output(partial(self._halves[route].send, ref)), mesh, label, (slot,)))
+                    return
                 move = self._move(route)
                 call = _one_output(move.send if isinstance(move, TwoHalves) else move)
-                slots = self._slot(mesh, ref), self._slot(target, ref)
-                self._append(_Op(call, mesh, f"sending {ref} to mesh {target}", slots[:1], slots[1:]))
+                self._append(_Op(call, mesh, label, (slot,), (self._slot(target, ref),)))
             case Recv(ref, source, route):
-                slot = self._slot(mesh, ref)
-                self._awaited.setdefault(mesh, []).append(slot)
-                move = self._move(route)
-                if isinstance(move, TwoHalves):
-                    call = _one_output(move.receive)
-                    self._append(_Op(call, mesh, f"receiving {ref} from mesh {source}", (slot,), (slot,)))
+                self._receive(mesh, ref, route, f"receiving {ref} from mesh {source}")
             case Free(refs):
                 if not self._made or self._made[-1].mesh != mesh:
                     self._append(_Op(_nothing, mesh, "freeing"))
                 self._made[-1].dead.extend(self._all(mesh, refs))
             case _:
                 assert_never(instruction)
+
+    def _receive(self, mesh: int, ref: Ref, route: Route, label: str) -> None:
+        slot = self._slot(mesh, ref)
+        if route in self._halves:
+            self._append(_Op(_one_output(partial(self._halves[route].receive, ref)), mesh, label, (), (slot,)))
+            return
+        self._awaited.setdefault(mesh, []).append(slot)
+        move = self._move(route)
+        if isinstance(move, TwoHalves):
+            self._append(_Op(_one_output(move.receive), mesh, label, (slot,), (slot,)))
 
     def _append(self, op: _Op) -> None:
         op.awaits = tuple(self._awaited.pop(op.mesh, ()))
@@ -307,8 +352,16 @@ class _Compiler:
         return self.slots.setdefault((mesh, ref), len(self.slots))
 
 
-def _one_output(move: Callable[[Any], Any]) -> Calls:
-    return lambda buffer: (move(buffer),)
+def _one_output(move: Callable[..., Any]) -> Calls:
+    return lambda *buffers: (move(*buffers),)
+
+
+def _no_output(move: Callable[..., None]) -> Calls:
+    def call(buffer: Any) -> tuple[()]:
+        move(buffer)
+        return ()
+
+    return call
 
 
 def interpret(

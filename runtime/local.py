@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from alpa_like.errors import ProgramError
-from alpa_like.reshard import Layout, Transfer, plan_transfer
-from alpa_like.runtime.transport import Receiver, Sender, compile_reshard, sharding_of
+from alpa_like.reshard import Transfer
+from alpa_like.runtime.transport import Receiver, Sender, carried, compile_reshard, sharding_of
 
 __all__ = ["LocalTransport"]
 
@@ -34,10 +31,8 @@ class LocalTransport:
     """
 
     def __init__(self, transfer: Transfer, devices: Sequence[Any], dtype: Any) -> None:
-        self._dtype, self._key_impl = dtype, _key_impl(dtype)
-        if self._key_impl is not None:
-            transfer, dtype = _of_key_data(transfer, dtype)
-        self._send, self._receive = _halves(transfer, devices, dtype)
+        self._carried = carried(transfer, dtype)
+        self._send, self._receive = _halves(self._carried.transfer, devices, self._carried.dtype)
 
     def __call__(self, value: jax.Array) -> jax.Array:
         """The same values on the target mesh."""
@@ -45,21 +40,11 @@ class LocalTransport:
 
     def send(self, value: jax.Array) -> list[jax.Array]:
         """What lands on the target mesh; `value` may be freed at once, and is never donated."""
-        if self._key_impl is not None:
-            value = self._key_data(value)
-        return self._send(value)
+        return self._send(self._carried.encode(value))
 
     def receive(self, ticket: list[jax.Array]) -> jax.Array:
         """The array of what `send` returned."""
-        array = self._receive(ticket)
-        return array if self._key_impl is None else jax.random.wrap_key_data(array, impl=self._key_impl)
-
-    def _key_data(self, value: jax.Array) -> jax.Array:
-        if value.dtype != self._dtype:
-            raise ProgramError(
-                f"this transfer was made for {self._dtype}, found {value.dtype}; make one for this kind of tensor"
-            )
-        return jax.random.key_data(value)
+        return self._carried.decode(self._receive(ticket))
 
 
 def _halves(transfer: Transfer, devices: Sequence[Any], dtype: Any) -> tuple[_Send, _Receive]:
@@ -90,24 +75,3 @@ def _is_one_copy(transfer: Transfer) -> bool:
     shift = transfer.target.ids.start - transfer.source.ids.start
     same_place = all(target - source == shift for _, source, target in transfer.sends)
     return same_place and len(transfer.sends) == len(transfer.source.ids) == len(transfer.target.ids)
-
-
-def _key_impl(dtype: Any) -> Any:
-    """The implementation of a typed key, `None` for any other dtype."""
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return None
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), dtype))
-    return found[0]
-
-
-def _of_key_data(transfer: Transfer, dtype: Any) -> tuple[Transfer, Any]:
-    """The transfer of the key data, which has one dim more, and its dtype."""
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(transfer.shape, dtype))
-    return plan_transfer(
-        data.shape, data.dtype.itemsize, _longer(transfer.source), _longer(transfer.target)
-    ), data.dtype
-
-
-def _longer(layout: Layout) -> Layout:
-    return replace(layout, spec=(*layout.spec, ()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, assert_never, cast
 
 import jax
@@ -15,13 +16,16 @@ from jax.tree_util import tree_leaves, tree_unflatten
 
 from alpa_like.chunked import ChunkedArray, Parts, bounds
 from alpa_like.errors import PlanError
-from alpa_like.placement import Given, LoweredPipeline, Returned, matching
+from alpa_like.placement import Given, LoweredPipeline, Returned
 from alpa_like.plan import Plan
+from alpa_like.reshard import Layout
 from alpa_like.runtime import hlo
 from alpa_like.runtime.executable import Executable, place_of, same_kind
 from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Run, Send
 from alpa_like.runtime.interpreter import Event, Interpreter
 from alpa_like.runtime.local import LocalTransport
+from alpa_like.runtime.staged import Staged
+from alpa_like.runtime.transport import sharding_of
 from alpa_like.schedule import Kind, Task
 from alpa_like.simulate import Event as TraceEvent
 from alpa_like.simulate import write_trace
@@ -38,16 +42,23 @@ class PipelineExecutable(Executable):
     def __init__(
         self, trace: Trace, plan: Plan, lowered: LoweredPipeline, devices: Sequence[Any], cuts: Cutting
     ) -> None:
-        self._begin(trace, plan, devices[0])
-        self._cuts = cuts
-        self._lowered_pipeline = lowered
+        self._begin(trace, plan, (type(jax.device_put(0.0, devices[0])), ChunkedArray))
+        # Many leaves share few layouts, and to make a sharding takes long.
+        place = cache(lambda layout: sharding_of(layout, devices))
+        homes = self._prepare(lowered, cuts, place)
         transfers = {r: LocalTransport(t, devices, dtype) for r, (t, dtype) in lowered.transfers.items()}
         self._interpreter = Interpreter(lowered.programs, lowered.pieces, transfers, lowered.names)
-        self._given = tuple(lowered.given[key] for key in self._interpreter.given)
-        self._feed = _Feed(lowered.arguments, self._given)
+        given = [lowered.given[key] for key in self._interpreter.given]
+        self._feed = _Feed(homes, given, [place(g.layout) for g in given])
         places = {key: i for i, key in enumerate(self._interpreter.returned)}
         self._collect = _Collect(lowered.returned, places)
-        self._wanted = self._cuts.places(lowered.arguments, self._cuts.inputs)
+
+    def _prepare(self, lowered: LoweredPipeline, cuts: Cutting, place: Callable[[Layout], Any]) -> list[Any]:
+        """What pipelines have in common wherever they run; `place` makes of a layout where an array lives."""
+        self._cuts, self._lowered_pipeline = cuts, lowered
+        homes, self._results = (_shardings(layouts, place) for layouts in (lowered.arguments, lowered.results))
+        self._wanted = cuts.places(homes, cuts.inputs)
+        return homes
 
     @property
     def input_shardings(self) -> tuple[Any, ...]:
@@ -57,9 +68,7 @@ class PipelineExecutable(Executable):
     @property
     def output_shardings(self) -> Any:
         """A pytree of `NamedSharding`s like the result, None where the parts of micro-batches are joined."""
-        return tree_unflatten(
-            self._trace.out_tree, self._cuts.places(self._lowered_pipeline.results, self._cuts.outputs)
-        )
+        return tree_unflatten(self._trace.out_tree, self._cuts.places(self._results, self._cuts.outputs))
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -112,10 +121,6 @@ class PipelineExecutable(Executable):
         returned, events = self._interpreter.trace(self._feed(self._cuts.parts(tree_leaves(placed))))
         return tree_unflatten(self._trace.out_tree, self._cuts.joined(self._collect(returned))), events
 
-    def state_shardings(self, state: Any) -> Any:
-        """The shardings of the argument that has the tree and shapes of `state`."""
-        return matching(self._trace, self.input_shardings, state)
-
     @property
     def programs(self) -> str:
         """What each mesh does in a step, instruction by instruction."""
@@ -123,15 +128,23 @@ class PipelineExecutable(Executable):
 
     def hlo_text(self) -> str:
         """The optimized HLO of every piece, one after the other."""
-        return "\n\n".join(f"// {name}\n{piece.as_text()}" for name, piece in self._lowered_pipeline.pieces.items())
+        return "\n\n".join(f"// {name}\n{text}" for name, text in self._texts().items())
+
+    def _texts(self) -> dict[str, str]:
+        return {name: piece.as_text() for name, piece in self._lowered_pipeline.pieces.items()}
+
+    def _temporaries(self) -> dict[str, int]:
+        """Bytes on a device that each piece needs beside its arguments and results."""
+        pieces = self._lowered_pipeline.pieces
+        return {name: piece.memory_analysis().temp_size_in_bytes for name, piece in pieces.items()}
 
     def traffic(self, *, reduce_scatter: bool = False) -> dict[str, int]:
         """Bytes that a device of the busiest mesh sends in collectives of a step, by kind; transfers are "send"."""
         runs = self._runs()
         totals: dict[int, dict[str, int]] = {}
-        for name, piece in self._lowered_pipeline.pieces.items():
+        for name, text in self._texts().items():
             mesh, count = runs[name]
-            found = hlo.traffic_by_kind(hlo.read_collectives(piece.as_text()), reduce_scatter=reduce_scatter)
+            found = hlo.traffic_by_kind(hlo.read_collectives(text), reduce_scatter=reduce_scatter)
             mine = totals.setdefault(mesh, {})
             for kind, nbytes in found.items():
                 mine[kind] = mine.get(kind, 0) + nbytes * count
@@ -146,7 +159,7 @@ class PipelineExecutable(Executable):
 
     def memory_bytes(self) -> int:
         """Peak memory of a step on one device of the fullest mesh: buffers in flight, and temporaries by XLA."""
-        return max(_peaks(self._lowered_pipeline).values())
+        return max(_peaks(self._lowered_pipeline, self._temporaries()).values())
 
     def _runs(self) -> dict[str, tuple[int, int]]:
         """The mesh of each piece and how often it runs."""
@@ -161,7 +174,7 @@ class PipelineExecutable(Executable):
     def __repr__(self) -> str:
         pipeline = self.plan.pipeline
         stages = len(pipeline.stages) if pipeline else 1
-        return f"PipelineExecutable({self._trace.name}, {stages} stages, {self.plan.method})"
+        return f"{type(self).__name__}({self._trace.name}, {stages} stages, {self.plan.method})"
 
 
 def _fits(value: Any, aval: Any) -> bool:
@@ -215,17 +228,22 @@ class Cutting:
             yield next(left) if lengths is None else tuple(next(left) for _ in lengths)
 
 
+def _shardings(layouts: Sequence[Layout | None], place: Callable[[Layout], Any]) -> list[Any]:
+    """The shardings of leaves, None for those that have no layout of their own."""
+    return [None if layout is None else place(layout) for layout in layouts]
+
+
 class _Feed:
     """From the flat arguments of a step to its first buffers."""
 
-    def __init__(self, homes: Sequence[Any], given: Sequence[Given]) -> None:
-        self._given = given
+    def __init__(self, homes: Sequence[Any], given: Sequence[Given], places: Sequence[Any]) -> None:
+        self._given, self._places = given, places
         self._count = 1 + max((g.micro_batch for g in given), default=0)
         self._numbers = {
-            i: jax.device_put(np.int32(g.micro_batch), g.sharding) for i, g in enumerate(given) if g.argument < 0
+            i: jax.device_put(np.int32(g.micro_batch), places[i]) for i, g in enumerate(given) if g.argument < 0
         }
         self._batch = sorted({g.argument for g in given if g.argument >= 0 and g.micro_batch >= 0})
-        self._moved = [i for i, g in enumerate(given) if g.argument >= 0 and homes[g.argument] != g.sharding]
+        self._moved = [i for i, g in enumerate(given) if g.argument >= 0 and homes[g.argument] != places[i]]
 
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         parts = {i: self._parts(leaves[i]) for i in self._batch}
@@ -237,7 +255,7 @@ class _Feed:
                 buffers[i] = parts[g.argument][g.micro_batch]
             else:
                 buffers[i] = leaves[g.argument]
-        moved = jax.device_put([buffers[i] for i in self._moved], [self._given[i].sharding for i in self._moved])
+        moved = jax.device_put([buffers[i] for i in self._moved], [self._places[i] for i in self._moved])
         for i, value in zip(self._moved, moved, strict=True):
             buffers[i] = value
         return buffers
@@ -280,10 +298,9 @@ def _join_rows(parts: list[jax.Array], dim: int) -> jax.Array:
 _join = jax.jit(_join_rows, static_argnums=1)
 
 
-def _peaks(lowered: LoweredPipeline) -> dict[int, int]:
-    """Bytes per device at the fullest moment of each mesh."""
+def _peaks(lowered: LoweredPipeline, temporary: Mapping[str, int]) -> dict[int, int]:
+    """Bytes per device at the fullest moment of each mesh; `temporary` are those that pieces need beside."""
     sizes = _sizes(lowered)
-    temporary = {name: piece.memory_analysis().temp_size_in_bytes for name, piece in lowered.pieces.items()}
     return {program.mesh: _peak(program, sizes, temporary) for program in lowered.programs}
 
 
@@ -321,15 +338,21 @@ def _sizes(lowered: LoweredPipeline) -> dict[tuple[int, int], int]:
         for instruction in program.instructions:
             if not isinstance(instruction, Run):
                 continue
-            compiled = lowered.pieces[instruction.piece]
-            both = zip(
-                (instruction.inputs, instruction.outputs),
-                (tree_leaves(compiled.in_avals), tree_leaves(compiled.out_info)),
-                (tree_leaves(compiled.input_shardings), tree_leaves(compiled.output_shardings)),
-                strict=True,
-            )
-            for refs, avals, shardings in both:
-                for ref, aval, sharding in zip(refs, avals, shardings, strict=True):
-                    shape = sharding.shard_shape(aval.shape)
-                    found[(program.mesh, ref.value)] = int(np.prod(shape)) * max(1, aval.dtype.itemsize)
+            taken, made = _tile_bytes(lowered.pieces[instruction.piece])
+            both = (*zip(instruction.inputs, taken, strict=True), *zip(instruction.outputs, made, strict=True))
+            found.update(((program.mesh, ref.value), nbytes) for ref, nbytes in both)
     return found
+
+
+def _tile_bytes(piece: Any) -> tuple[list[int], list[int]]:
+    """Bytes per device of the arguments and of the results of a piece."""
+    if isinstance(piece, Staged):
+        taken, made = (
+            [(b.layout.tile_shape(b.shape), b.struct.dtype) for b in x] for x in (piece.inputs, piece.outputs)
+        )
+    else:
+        both = ((piece.in_avals, piece.input_shardings), (piece.out_info, piece.output_shardings))
+        pairs = (zip(tree_leaves(avals), tree_leaves(places), strict=True) for avals, places in both)
+        taken, made = ([(place.shard_shape(a.shape), a.dtype) for a, place in p] for p in pairs)
+    taken, made = ([int(np.prod(shape)) * max(1, dtype.itemsize) for shape, dtype in x] for x in (taken, made))
+    return taken, made

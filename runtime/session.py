@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError
+from alpa_like.reshard import Layout
+from alpa_like.runtime.remote import Remote
+from alpa_like.runtime.remote_arrays import RemotePlace
+from alpa_like.runtime.transport import sharding_of
 
-__all__ = ["Session", "current", "start", "stop"]
+__all__ = ["Session", "current", "restart", "start", "start_on_ray", "stop"]
 
 logger = logging.getLogger("alpa_like")
 
@@ -23,21 +30,87 @@ _THREADS_PER_DEVICE = 4
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """`devices` are those that steps run on; `cluster` is what plans are made for unless a call names another."""
+    """`devices` are those that steps run on; `cluster` is what plans are made for unless a call names another.
 
-    devices: tuple[Any, ...]
+    `remote` are the worker processes that have the devices, None where they are this process's own.
+    """
+
+    devices: Sequence[Any]
     cluster: Cluster | None
+    remote: Remote | None = None
+    max_restarts: int = 0
+    wait_s: float = 300.0
 
     def described(self) -> Cluster:
-        """The cluster to plan for: the one given to `start`, or a calibrated description of the devices here."""
-        return self.cluster or Cluster.local(len(self.devices))
+        """The cluster to plan for: the one given to `start`, or a calibrated description of the devices."""
+        if self.cluster is not None:
+            return self.cluster
+        return self.remote.workers.description() if self.remote else Cluster.local(len(self.devices))
+
+    @property
+    def platform(self) -> str | None:
+        """What steps are lowered for, None for the platform of this process."""
+        return self.remote.devices.lowering_platform if self.remote else None
+
+    def place(self, layout: Layout) -> NamedSharding | RemotePlace:
+        """Where an array lives that lies so."""
+        return self.remote.place(layout) if self.remote else sharding_of(layout, self.devices)
 
 
 _sessions: list[Session] = []
 
 
+def start_on_ray(
+    cluster: Cluster | None,
+    address: str | None,
+    num_devices: int | None,
+    num_hosts: int | None,
+    max_restarts: int,
+    wait_s: float,
+) -> Session:
+    """Begin a session on the hosts of a Ray cluster; see `alpa_like.init`."""
+    from alpa_like.runtime.ray_cluster import RayCluster  # Ray is an extra, and takes long to import
+
+    if cluster is not None:
+        num_devices, num_hosts = num_devices or cluster.num_devices, num_hosts or cluster.hosts
+    _leave_accelerators()
+    stop()
+    workers = RayCluster.start(address=address, num_devices=num_devices, num_hosts=num_hosts, wait_s=wait_s)
+    remote = Remote(workers)
+    _sessions.append(Session(remote.devices, cluster, remote, max_restarts, wait_s))
+    return _sessions[0]
+
+
+def restart() -> Session:
+    """Begin again on the hosts that are left, after workers of the session have died."""
+    old = current()
+    assert old.remote is not None
+    old.remote.stop_asking()
+    workers = old.remote.workers.restart(old.wait_s)
+    _sessions.clear()
+    remote = Remote(workers)
+    cluster = old.cluster
+    if cluster is not None and cluster.num_devices != workers.num_devices:
+        size = workers.devices_per_host
+        cluster = cluster.part(workers.num_devices // size, size)
+    _sessions.append(Session(remote.devices, cluster, remote, old.max_restarts, old.wait_s))
+    return _sessions[0]
+
+
+def _leave_accelerators() -> None:
+    """The driver needs a CPU only, and must not take memory of the devices that its workers are to have."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+    if jax.devices()[0].platform != "cpu":
+        logger.warning(
+            "JAX has started on %s in this process, which keeps the memory there from the workers; call alpa.init "
+            "before anything else uses JAX",
+            jax.devices()[0].platform,
+        )
+
+
 def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Session:
-    """Begin a session; see `alpa_like.init`."""
+    """Begin a session in this process; see `alpa_like.init`."""
     if num_devices is not None and (type(num_devices) is not int or num_devices < 1):
         raise ClusterError(f"num_devices must be a whole number of at least 1, found {num_devices!r}")
     if cluster is not None and type(cluster) is not Cluster:
@@ -90,5 +163,8 @@ def current() -> Session:
 
 
 def stop() -> None:
-    """Forget the session."""
+    """End the session, and its workers if there are some."""
+    for session in _sessions:
+        if session.remote is not None:
+            session.remote.stop()
     _sessions.clear()

@@ -6,12 +6,16 @@ a ticket on the source's side, `receive` turns it into the array on the target's
     Sender.pieces      array → single-device arrays, one per send    (a program on the source mesh, or nothing at all)
     …                  each piece to its device                      (what transports differ in)
     Receiver.join      single-device arrays → array                  (a program on the target mesh, or nothing at all)
+
+A mesh may be spread over processes. All of them make the same `Sender` or `Receiver` and call it in the same order; the
+programs run on the whole mesh, and each process has the pieces of its own devices in hand.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -23,12 +27,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from alpa_like.errors import ProgramError
 from alpa_like.placement import device_mesh
 from alpa_like.plan import partition_spec
-from alpa_like.reshard import Cut, Layout, Transfer
+from alpa_like.reshard import Cut, Layout, Transfer, plan_transfer
 
-__all__ = ["Receiver", "Sender", "Transport", "compile_reshard", "sharding_of"]
+__all__ = [
+    "SUB_BYTE",
+    "Carried",
+    "Program",
+    "Receiver",
+    "Sender",
+    "Transport",
+    "carried",
+    "check_kind",
+    "compile_cast",
+    "compile_reshard",
+    "sharding_of",
+]
 
 Ticket = TypeVar("Ticket")
 Program = Callable[..., Any]
+
+SUB_BYTE = {"int2": "int8", "uint2": "uint8", "int4": "int8", "uint4": "uint8", "float4_e2m1fn": "float8_e4m3fn"}
+"""Dtypes of which JAX may pack several elements into a byte, and the dtype of whole bytes that has all their values."""
 
 
 class Transport(Protocol[Ticket]):
@@ -61,8 +80,67 @@ def compile_reshard(transfer: Transfer, devices: Sequence[Any], dtype: Any) -> P
     return _compiled(program, [jax.ShapeDtypeStruct(transfer.shape, dtype, sharding=before)])
 
 
+def compile_cast(shape: tuple[int, ...], before: Any, after: Any, sharding: NamedSharding) -> Program:
+    """One program that makes a copy of an array, as another dtype where they differ; every device works for itself."""
+    program = jax.jit(jnp.copy if before == after else lambda x: x.astype(after), out_shardings=sharding)
+    return _compiled(program, [jax.ShapeDtypeStruct(shape, before, sharding=sharding)])
+
+
+def check_kind(value: jax.Array, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> None:
+    """Raise `ProgramError` where an array is not of the kind that a transfer was made for."""
+    if value.shape != shape or value.dtype != dtype:
+        raise ProgramError(
+            f"this transfer was made for {dtype}{list(shape)}, found {value.dtype}{list(value.shape)}; "
+            "make one for this kind of tensor"
+        )
+    if value.sharding != sharding and not value.sharding.is_equivalent_to(sharding, value.ndim):
+        raise ProgramError(
+            f"this transfer was made for arrays that lie as {sharding}, found {value.sharding}; "
+            "plan the transfer from where the array is"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What travels for one kind of tensor: itself, or for typed keys (`key<fry>`) their key data, planned anew."""
+
+    transfer: Transfer
+    dtype: Any
+    key: Any = None
+    key_impl: Any = None
+
+    def encode(self, value: jax.Array) -> jax.Array:
+        """What travels for `value`, which it may share memory with. `ProgramError` where a key of another kind came."""
+        if self.key_impl is None:
+            return value
+        if value.dtype != self.key:
+            raise ProgramError(
+                f"this transfer was made for {self.key}, found {value.dtype}; make one for this kind of tensor"
+            )
+        return jax.random.key_data(value)
+
+    def decode(self, array: jax.Array) -> jax.Array:
+        """The inverse of `encode`."""
+        return array if self.key_impl is None else jax.random.wrap_key_data(array, impl=self.key_impl)
+
+
+def carried(transfer: Transfer, dtype: Any) -> Carried:
+    """What travels for a tensor of this dtype."""
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return Carried(transfer, jnp.dtype(dtype))
+    found: list[Any] = []
+    key = jax.ShapeDtypeStruct(transfer.shape, dtype)
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    data = jax.eval_shape(jax.random.key_data, key)
+    before, after = (replace(end, spec=(*end.spec, ())) for end in (transfer.source, transfer.target))
+    return Carried(plan_transfer(data.shape, data.dtype.itemsize, before, after), data.dtype, dtype, found[0])
+
+
 class Sender:
-    """The source's side: cuts an array into single-device pieces, one for each entry of `transfer.sends`, in order."""
+    """The source's side: cuts an array into single-device pieces, one for each of `sends`, in order.
+
+    `sends` are the places in `transfer.sends` of what this process sends: all of them, where it has the whole mesh.
+    """
 
     def __init__(self, transfer: Transfer, devices: Sequence[Any], dtype: Any) -> None:
         self._shape, self._dtype = transfer.shape, jnp.dtype(dtype)
@@ -73,20 +151,14 @@ class Sender:
         )
         self._cut = _compile_cut(transfer, self._sharding, self._dtype, outbox) if self.cuts else None
         first = transfer.source.ids.start
-        self._order = [(outbox[s - first].index(piece), s - first) for piece, s, _ in transfer.sends]
+        places = {first + device: place for place, device in enumerate(_here(self._sharding))}
+        self.sends = tuple(n for n, (_, source, _) in enumerate(transfer.sends) if source in places)
+        mine = (transfer.sends[n][:2] for n in self.sends)
+        self._order = [(outbox[source - first].index(piece), places[source]) for piece, source in mine]
 
     def check(self, value: jax.Array) -> None:
         """Raise `ProgramError` where an array is not of the kind that this was made for."""
-        if value.shape != self._shape or value.dtype != self._dtype:
-            raise ProgramError(
-                f"this transfer was made for {self._dtype}{list(self._shape)}, found {value.dtype}{list(value.shape)}; "
-                "make one for this kind of tensor"
-            )
-        if value.sharding != self._sharding and not value.sharding.is_equivalent_to(self._sharding, value.ndim):
-            raise ProgramError(
-                f"this transfer was made for arrays that lie as {self._sharding}, found {value.sharding}; "
-                "plan the transfer from where the array is"
-            )
+        check_kind(value, self._shape, self._dtype, self._sharding)
 
     def rounds(self, value: jax.Array) -> tuple[jax.Array, ...]:
         """Arrays on the source mesh whose shards are the pieces; where `cuts`, pieces are stacked along dim 0."""
@@ -94,42 +166,49 @@ class Sender:
         return self._cut(value) if self._cut else (value,)
 
     def pieces(self, value: jax.Array) -> list[jax.Array]:
-        """Single-device arrays in the order of `transfer.sends`. Raises as `check` does."""
+        """Single-device arrays in the order of `sends`. Raises as `check` does."""
         rounds = self.rounds(value)
         shards = [r.addressable_shards for r in rounds]
-        return [shards[slot][device].data for slot, device in self._order]
+        return [shards[slot][place].data for slot, place in self._order]
 
 
 class Receiver:
-    """The target's side: joins single-device pieces, which come in the order of `transfer.sends`, to the array."""
+    """The target's side: joins single-device pieces, which come in the order of `sends`, to the array.
+
+    `sends` are the places in `transfer.sends` of what this process receives: all, where it has the whole mesh.
+    """
 
     def __init__(self, transfer: Transfer, devices: Sequence[Any], dtype: Any) -> None:
-        cut, self._slots = transfer.cut, _inbox(transfer)
+        cut, slots = transfer.cut, _inbox(transfer)
         # XLA does not partition an empty result, so an empty tensor comes from the host.
         self._empty = np.zeros(transfer.shape, jnp.dtype(dtype)) if not math.prod(transfer.shape) else None
         self._shape, self._sharding = transfer.shape, sharding_of(transfer.target, devices)
         self.stacking = NamedSharding(self._sharding.mesh, PartitionSpec(transfer.target.axis_names))
-        self.joins = transfer.gather != "none" or len(self._slots) > 1 or not _are_tiles(cut, transfer.target)
+        here = _here(self._sharding)
+        self.sends = tuple(sorted(n for slot in slots for n in (slot[i] for i in here) if n is not None))
+        self._slots = [[None if slot[i] is None else self.sends.index(slot[i]) for i in here] for slot in slots]
+        self.joins = transfer.gather != "none" or len(slots) > 1 or not _are_tiles(cut, transfer.target)
         self._join: Program | None = None
         if self.joins:
             # What a device receives is stacked along the leading dim, over all axes of the mesh.
             self._shape = _stacked(cut.piece_shape(transfer.shape), transfer.target)
-            operands = [jax.ShapeDtypeStruct(self._shape, dtype, sharding=self.stacking)] * len(self._slots)
-            self._join = _compile_join(transfer, self._sharding, operands, self._slots)
+            operands = [jax.ShapeDtypeStruct(self._shape, dtype, sharding=self.stacking)] * len(slots)
+            self._join = _compile_join(transfer, self._sharding, operands, slots)
             self._sharding = self.stacking
-        idle = {device for slot in self._slots for device, send in enumerate(slot) if send is None}
+        idle = {place for slot in self._slots for place, piece in enumerate(slot) if piece is None}
         nothing = np.zeros(cut.piece_shape(transfer.shape), jnp.dtype(dtype)) if idle else None
-        self._fillers = {i: jax.device_put(nothing, devices[transfer.target.ids[i]]) for i in idle}
+        first = transfer.target.ids.start
+        self._fillers = {place: jax.device_put(nothing, devices[first + here[place]]) for place in idle}
 
     def join(self, pieces: Sequence[jax.Array]) -> jax.Array:
         """The array, sharded as the transfer's target says."""
         if self._empty is not None:
-            return jax.device_put(self._empty, self._sharding)
+            return jax.make_array_from_callback(self._empty.shape, self._sharding, self._empty.__getitem__)
         rounds = [
             jax.make_array_from_single_device_arrays(
                 self._shape,
                 self._sharding,
-                [self._fillers[i] if send is None else pieces[send] for i, send in enumerate(slot)],
+                [self._fillers[i] if piece is None else pieces[piece] for i, piece in enumerate(slot)],
             )
             for slot in self._slots
         ]
@@ -144,6 +223,12 @@ class Receiver:
 
 
 # ------------------------------------------------------------------------------------------------ who has which piece
+
+
+def _here(sharding: NamedSharding) -> list[int]:
+    """The devices of this process, by their place in the mesh; `jax.Array.addressable_shards` come in this order."""
+    mine = sharding.addressable_devices
+    return [place for place, device in enumerate(np.asarray(sharding.mesh.devices).flat) if device in mine]
 
 
 def _outbox(transfer: Transfer) -> list[list[int]]:
@@ -201,10 +286,10 @@ def _compile_cut(transfer: Transfer, sharding: NamedSharding, dtype: Any, outbox
 
 
 def _compiled(program: Any, operands: Sequence[jax.ShapeDtypeStruct]) -> Program:
-    """The program for these operands, ready to run. That of 4-bit integers is compiled at its first call: JAX packs
+    """The program for these operands, ready to run. Those of `SUB_BYTE` are compiled at their first call: JAX packs
     them or not depending on where they come from, and only a jitted function takes both.
     """
-    if any(operand.dtype.name.endswith("int4") or operand.dtype.name.endswith("int2") for operand in operands):
+    if any(operand.dtype.name in SUB_BYTE for operand in operands):
         return program
     return program.lower(*operands).compile()
 

@@ -1,0 +1,567 @@
+"""The driver of worker processes: loads programs on them, starts steps, and keeps handles of what they hold.
+
+A step is one message to each worker, and nothing comes back but the news that it has begun. Arrays stay where they are;
+host data is cut here, so that each process gets only what its devices hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from alpa_like.cluster import Cluster
+from alpa_like.errors import ProgramError, WorkerError
+from alpa_like.placement import AbstractDevices, Given, LoweredPipeline, Returned
+from alpa_like.reshard import Layout, plan_transfer
+from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Route, Run, Send, verify
+from alpa_like.runtime.interpreter import Event
+from alpa_like.runtime.remote_arrays import RemoteArray, RemotePlace, joined
+from alpa_like.runtime.remote_transport import ProcessMap, uuids_needed
+from alpa_like.runtime.staged import BufferType, Staged, stage_function
+from alpa_like.runtime.worker import MeshProgram, Partner, Shards, Tiles
+
+__all__ = ["Remote", "RemoteProgram", "Span", "Workers", "making"]
+
+Span = tuple[int, int]
+"""Devices as (first, count)."""
+
+_STEPS_AHEAD = 4
+"""So many steps may be ordered before the first of them has begun everywhere."""
+_PROGRESS_S = 0.5
+_BAR_AFTER_S = 2.0
+
+_numbers = itertools.count(1)
+
+
+class Workers(Protocol):
+    """Who starts processes and calls them: `runtime.ray_cluster.RayCluster`."""
+
+    devices_per_host: int
+    platform: str
+
+    def description(self) -> Cluster: ...
+
+    @property
+    def num_devices(self) -> int: ...
+
+    def bring_up(self, ranges: Sequence[Span]) -> tuple[tuple[Any, ...], ...]: ...
+
+    def call(self, workers: Sequence[Any], method: str, per_worker_args: Sequence[tuple[Any, ...]]) -> list[Any]: ...
+
+    def ask(self, workers: Sequence[Any], method: str) -> list[Any]: ...
+
+    def ready(self, refs: Sequence[Any], timeout_s: float) -> bool: ...
+
+    def wait(self, refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]: ...
+
+    def poll_failure(self) -> WorkerError | None: ...
+
+    def restart(self, wait_s: float = 300.0) -> Workers: ...
+
+    def stop(self, *, force: bool = False) -> None: ...
+
+
+class Remote:
+    """All workers of a session. `alive` is false when one of them has ended or failed: then all that they held is lost,
+    and `why` tells what happened.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self.number = next(_numbers)
+        self.alive, self.why = True, ""
+        self.devices = AbstractDevices(workers.num_devices, workers.platform)
+        self._meshes: dict[Span, tuple[Any, ...]] = {}
+        self._processes: dict[Span, ProcessMap] = {}
+        self._arrays = itertools.count()
+        self._programs = itertools.count()
+        self._next_uuid = 1
+        self._dead: dict[Span, list[int]] = {}
+        self._begun: deque[list[Any]] = deque()
+        self._moves: dict[tuple[BufferType, Layout], RemoteProgram] = {}
+
+    # ---------------------------------------------------------------------------------------------------- workers
+
+    def bring_up(self, spans: Sequence[Span]) -> None:
+        """Start the workers of these devices, if they don't run."""
+        self._check()
+        fresh = [s for s in dict.fromkeys(spans) if s not in self._meshes]
+        if not fresh:
+            return
+        for span, group in zip(fresh, self.workers.bring_up(fresh), strict=True):
+            addresses = tuple(self.result(self.workers.call(group, "address", [()] * len(group))))
+            self._meshes[span] = group
+            self._processes[span] = ProcessMap(span[0], span[1] // len(group), addresses)
+
+    def group(self, span: Span) -> tuple[Any, ...]:
+        """The workers of these devices, which must run."""
+        return self._meshes[span]
+
+    def processes(self, span: Span) -> ProcessMap:
+        """Which process has which of these devices."""
+        self.bring_up([span])
+        return self._processes[span]
+
+    def call(self, span: Span, method: str, *args: Any) -> list[Any]:
+        """Let all workers of a mesh do the same; what comes back is to be waited for."""
+        group = self._meshes[span]
+        return self.each(span, method, [args] * len(group))
+
+    def each(self, span: Span, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Let the workers of a mesh do something, each with its own arguments."""
+        self._check()
+        return self.workers.call(self._meshes[span], method, args)
+
+    def result(self, refs: Sequence[Any]) -> list[Any]:
+        """What calls return. Raises what they raise; where a worker has died, nothing can be asked of any after it."""
+        try:
+            return self.workers.wait(refs)
+        except WorkerError as error:
+            if self.workers.poll_failure() is not None:
+                self._fail(str(error))
+            raise
+
+    def stop(self) -> None:
+        """End all workers."""
+        self._fail("the session has ended")
+        self.workers.stop()
+
+    def stop_asking(self) -> None:
+        """Treat all workers as lost, whatever they are doing."""
+        self._fail("they were ended to begin again")
+
+    def _fail(self, why: str) -> None:
+        if self.alive:
+            self.alive, self.why = False, why
+
+    def _check(self) -> None:
+        if not self.alive:
+            raise WorkerError(
+                f"the workers of this session are lost: {self.why}. Call alpa.init again and restore the last "
+                "checkpoint"
+            )
+
+    def place(self, layout: Layout) -> RemotePlace:
+        """A layout on the devices of this session."""
+        return RemotePlace(layout, self.number)
+
+    def uuids(self, count: int) -> int:
+        """The first of `count` numbers for transfers that nobody else has."""
+        first = self._next_uuid
+        self._next_uuid += count
+        return first
+
+    def ids(self, count: int) -> tuple[int, ...]:
+        """Numbers for new arrays."""
+        return tuple(itertools.islice(self._arrays, count))
+
+    # ----------------------------------------------------------------------------------------------------- arrays
+
+    def put(self, value: Any, kind: BufferType) -> RemoteArray:
+        """An array on the workers from host data; does not wait for it to arrive."""
+        span = kind.layout.devices
+        processes, number = self.processes(span), self.ids(1)[0]
+        tiles = [host_tiles(value, kind, processes, p) for p in range(len(processes.addresses))]
+        self._later(self.each(span, "put", [(number, t) for t in tiles]))
+        return RemoteArray(self, kind, self.place(kind.layout), ((span, number),))
+
+    def moved(self, array: RemoteArray, layout: Layout) -> RemoteArray:
+        """The same values in another layout, from worker to worker."""
+        array.check()
+        if array.sharding is None:
+            return self.put(array.value(), BufferType.of(array, layout))
+        kind = BufferType.of(array, array.sharding.layout)
+        if (kind, layout) not in self._moves:
+            self._moves[kind, layout] = RemoteProgram(
+                self, moving(kind, layout, self.devices), [kind.struct], [kind.struct]
+            )
+        program = self._moves[kind, layout]
+        (moved,) = program.run([array])
+        return moved
+
+    def fetch(self, array: RemoteArray) -> Any:
+        """The values of an array."""
+        parts = [self._fetch(span, number, array) for span, number in array.stored]
+        impl = BufferType.of(array, _NOWHERE).key_impl
+        return joined(parts, array.dim, lambda x: x if impl is None else jax.random.wrap_key_data(x, impl=impl))
+
+    def _fetch(self, span: Span, number: int, array: RemoteArray) -> np.ndarray[Any, Any]:
+        group = self._meshes[span]
+        whole = array.sharding is not None and not any(array.sharding.layout.spec)
+        asked = group[:1] if whole else group  # the first process has all of it
+        found: list[Shards] = self.result(self.workers.call(asked, "fetch", [(number,)] * len(asked)))
+        shards = [s for shards in found for s in shards.shards]
+        if len(shards) == 1:
+            return shards[0][1]
+        values = np.empty(found[0].shape, shards[0][1].dtype if shards else np.float32)
+        for index, tile in shards:
+            values[index] = tile
+        return values
+
+    def wait(self, array: RemoteArray) -> None:
+        """Return when an array is computed."""
+        for span, number in array.stored:
+            self.result(self.call(span, "wait", number))
+
+    def duplicate(self, array: RemoteArray) -> RemoteArray:
+        """A copy of an array."""
+        stored = tuple((span, self.ids(1)[0]) for span, _ in array.stored)
+        for (span, old), (_, new) in zip(array.stored, stored, strict=True):
+            self._later(self.call(span, "copy", old, new))
+        kind = jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=array.weak_type)
+        return RemoteArray(self, kind, array.sharding, stored, array.dim)
+
+    def release(self, stored: Sequence[tuple[Span, int]]) -> None:
+        """Let the workers free arrays with the next step. May be called from any thread, as garbage is collected."""
+        for span, number in stored:
+            self._dead.setdefault(span, []).append(number)
+
+    def take_dead(self, span: Span) -> tuple[int, ...]:
+        """The arrays of a mesh to be freed."""
+        found = self._dead.get(span)
+        if not found:
+            return ()
+        count = len(found)  # others may append meanwhile
+        dead = tuple(found[:count])
+        del found[:count]
+        return dead
+
+    # ------------------------------------------------------------------------------------------------------ orders
+
+    def _later(self, refs: list[Any]) -> None:
+        """Remember what was ordered; wait for the oldest order if there are many."""
+        self._begun.append(refs)
+        while len(self._begun) > _STEPS_AHEAD:
+            self.result(self._begun.popleft())
+
+    def ordered(self, refs: list[Any]) -> None:
+        """A step was ordered. Raises what went wrong in an earlier one."""
+        try:
+            self._later(refs)
+        except ProgramError as error:
+            if len(refs) == 1:
+                raise
+            # Others may wait for what this worker would have sent, and can't be told.
+            self._fail(str(error))
+            raise ProgramError(
+                f"{error}. What the workers held is lost: call alpa.init again and restore the last checkpoint"
+            ) from error
+
+    def settle(self) -> None:
+        """Wait until everything that was ordered has begun."""
+        while self._begun:
+            self.result(self._begun.popleft())
+
+
+_NOWHERE = Layout((1,), ("x",), (0, 1), ())
+
+
+# -------------------------------------------------------------------------------------------------------- host data
+
+
+@lru_cache(maxsize=4096)
+def _cuts(
+    layout: Layout, shape: tuple[int, ...], first: int, count: int
+) -> tuple[tuple[tuple[slice, ...], ...], tuple[int, ...]]:
+    """The different tiles of devices first to first + count - 1, and which of them each device holds."""
+    tiles = layout.tiles()[first - layout.devices[0] : first - layout.devices[0] + count]
+    different = list(dict.fromkeys(tiles))
+    size = layout.tile_shape(shape)
+    cells = [np.unravel_index(t, layout.parts) if layout.parts else () for t in different]
+    slices = tuple(
+        tuple(slice(int(c) * n, (int(c) + 1) * n) for c, n in zip(cell, size, strict=True)) for cell in cells
+    )
+    return slices, tuple(different.index(t) for t in tiles)
+
+
+def host_tiles(value: Any, kind: BufferType, processes: ProcessMap, process: int) -> Tiles:
+    """What one process holds of host data."""
+    data = np.asarray(jax.random.key_data(value)) if kind.key_impl else np.asarray(value)
+    if not kind.key_impl and data.dtype != kind.dtype:
+        data = data.astype(jnp.dtype(kind.dtype))
+    count = processes.devices_per_process
+    slices, places = _cuts(kind.layout, kind.shape, processes.first + process * count, count)
+    return Tiles(kind, tuple(np.ascontiguousarray(data[s]) for s in slices), places)
+
+
+# -------------------------------------------------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One given buffer of a mesh: a flat argument, or rows of it for a micro-batch."""
+
+    argument: int
+    micro_batch: int
+    layout: Layout
+
+    def rows(self, value: Any, count: int) -> Any:
+        """The part of the argument that it is."""
+        if self.micro_batch < 0:
+            return value
+        size = value.shape[0] // count
+        return value[self.micro_batch * size : (self.micro_batch + 1) * size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mesh:
+    """What the driver knows of a mesh of a program."""
+
+    span: Span
+    inputs: tuple[_Input, ...]
+    donated: frozenset[int]
+    returned: tuple[Ref, ...]
+
+
+class RemoteProgram:
+    """A program that the workers have compiled. Made once, run at every step."""
+
+    def __init__(
+        self, remote: Remote, lowered: LoweredPipeline, arguments: Sequence[Any], results: Sequence[Any]
+    ) -> None:
+        """`arguments` and `results` have the shapes and dtypes of the flat arguments and results."""
+        verify(lowered.programs)
+        self._remote, self.lowered = remote, lowered
+        self._arguments, self._results = tuple(arguments), tuple(results)
+        self.number = next(remote._programs)  # pyright: ignore[reportPrivateUsage]
+        self.spans = {p.mesh: _span(p, lowered) for p in lowered.programs}
+        remote.bring_up(list(self.spans.values()))
+        self._count = 1 + max((g.micro_batch for g in lowered.given.values()), default=0)
+        offsets, self._uuids = self._offsets()
+        self._meshes = [_mesh(p, self.spans[p.mesh], lowered) for p in lowered.programs]
+        self._load(offsets)
+
+    def _offsets(self) -> tuple[dict[tuple[Ref, Route], int], int]:
+        """The first number of each buffer that travels, and how many numbers a step takes."""
+        found: dict[tuple[Ref, Route], int] = {}
+        total = 0
+        for program in self.lowered.programs:
+            for i in program.instructions:
+                if isinstance(i, Send):
+                    found[i.ref, i.transfer] = total
+                    ends = (self._remote.processes(self.spans[m]) for m in (i.transfer.source, i.transfer.target))
+                    total += uuids_needed(self.lowered.transfers[i.transfer][0], *ends)
+        return found, total
+
+    def _load(self, offsets: Mapping[tuple[Ref, Route], int]) -> None:
+        refs: list[Any] = []
+        for program in self.lowered.programs:
+            partners = {r: self._partner(r, program.mesh, offsets) for r in _routes(program)}
+            mesh = mesh_program(program, self.lowered, partners)
+            refs += self._remote.call(self.spans[program.mesh], "load", self.number, mesh)
+        self._watch(refs)
+
+    def _partner(self, route: Route, mesh: int, offsets: Mapping[tuple[Ref, Route], int]) -> Partner:
+        transfer, dtype = self.lowered.transfers[route]
+        other = route.target if route.source == mesh else route.source
+        numbers = {ref: offset for (ref, r), offset in offsets.items() if r == route}
+        kind = BufferType.of(jax.ShapeDtypeStruct(transfer.shape, dtype), transfer.source)
+        return Partner(transfer, kind, self._remote.processes(self.spans[other]), numbers)
+
+    def _watch(self, refs: list[Any]) -> None:
+        """Wait until all have compiled; a bar shows how far they are, if it takes long."""
+        groups = self._remote.workers.bring_up(list(self.spans.values()))
+        firsts = [group[0] for group in groups]
+        total, before = len(self.lowered.pieces), self._compiled(firsts)
+        with tqdm(total=total, desc="compiling", unit="piece", delay=_BAR_AFTER_S, leave=False, disable=None) as bar:
+            while not self._remote.workers.ready(refs, _PROGRESS_S):
+                bar.update(self._compiled(firsts) - before - bar.n)
+        self._remote.result(refs)
+
+    def _compiled(self, workers: Sequence[Any]) -> int:
+        """Pieces compiled so far, by the first process of each mesh."""
+        return sum(self._remote.result(self._remote.workers.ask(workers, "compiled")))
+
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """Start a step on flat arguments: arrays on the workers where they are to lie, or host data. Never waits."""
+        refs, results = self._order("run", leaves)
+        self._remote.ordered(refs)
+        return self._outputs(results)
+
+    def forget(self) -> None:
+        """Let the workers drop it, when the steps that were started are done."""
+        for span in self.spans.values():
+            self._remote.call(span, "unload", self.number)
+
+    def trace(self, leaves: Sequence[Any]) -> tuple[list[Any], tuple[Event, ...]]:
+        """A step, and when each piece ran, in seconds since the first worker began."""
+        self._remote.settle()
+        refs, results = self._order("trace", leaves)
+        found: list[tuple[float, tuple[Event, ...]]] = self._remote.result(refs)
+        begun_s = min(began for began, _ in found)
+        events = _merged([(began - begun_s, events) for began, events in found])
+        return self._outputs(results), events
+
+    def _order(self, method: str, leaves: Sequence[Any]) -> tuple[list[Any], dict[tuple[int, Ref], int]]:
+        base = self._remote.uuids(self._uuids)
+        results: dict[tuple[int, Ref], int] = {}
+        refs: list[Any] = []
+        orders = [(mesh, self._values(mesh, leaves)) for mesh in self._meshes]
+        for program, (mesh, values) in zip(self.lowered.programs, orders, strict=True):
+            numbers = self._remote.ids(len(mesh.returned))
+            results.update(zip(((program.mesh, ref) for ref in mesh.returned), numbers, strict=True))
+            dead = self._remote.take_dead(mesh.span)
+            refs += self._remote.each(mesh.span, method, [(self.number, base, v, numbers, dead) for v in values])
+        for argument in {a for mesh in self._meshes for a in mesh.donated}:
+            leaves[argument].donate()
+        return refs, results
+
+    def _values(self, mesh: _Mesh, leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """The given buffers for each process of a mesh."""
+        processes = self._remote.processes(mesh.span)
+        columns = [self._column(i, leaves[i.argument], processes) for i in mesh.inputs]
+        return [tuple(c[p] for c in columns) for p in range(len(processes.addresses))]
+
+    def _column(self, need: _Input, value: Any, processes: ProcessMap) -> Sequence[Any]:
+        """One given buffer, for each process."""
+        count = len(processes.addresses)
+        if isinstance(value, RemoteArray):
+            place = value.sharding
+            if need.micro_batch < 0 and place is not None and place.layout == need.layout:
+                return [value.stored[0][1]] * count
+            value = value.value()
+        rows = need.rows(value if hasattr(value, "dtype") else np.asarray(value), self._count)
+        aval = self._arguments[need.argument]
+        kind = BufferType.of(jax.ShapeDtypeStruct(rows.shape, aval.dtype, weak_type=aval.weak_type), need.layout)
+        return [host_tiles(rows, kind, processes, p) for p in range(count)]
+
+    def _outputs(self, numbers: Mapping[tuple[int, Ref], int]) -> list[Any]:
+        lowered = self.lowered
+        flat = zip(lowered.returned, lowered.results, self._results, strict=True)
+        return [self._output(r, layout, aval, numbers) for r, layout, aval in flat]
+
+    def _output(self, r: Returned, layout: Layout | None, aval: Any, numbers: Mapping[tuple[int, Ref], int]) -> Any:
+        if not r.buffers:
+            return jnp.asarray(r.constant)
+        stored = tuple((self.spans[mesh], numbers[mesh, ref]) for mesh, ref in r.buffers)
+        place = self._remote.place(layout) if layout is not None else None
+        kind = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+        return RemoteArray(self._remote, kind, place, stored, max(r.dim, 0))
+
+
+def _span(program: Program, lowered: LoweredPipeline) -> Span:
+    """The devices of a mesh."""
+    for ref in program.given:
+        return lowered.given[program.mesh, ref].layout.devices
+    for i in program.instructions:
+        match i:
+            case Run(piece) if len(lowered.pieces[piece].ids):
+                ids: range = lowered.pieces[piece].ids
+                return ids.start, len(ids)
+            case Send(_, _, route):
+                return lowered.transfers[route][0].source.devices
+            case Recv(_, _, route):
+                return lowered.transfers[route][0].target.devices
+            case _:
+                pass
+    raise ProgramError(f"mesh {program.mesh} does nothing; leave it out of the plan")
+
+
+def _mesh(program: Program, span: Span, lowered: LoweredPipeline) -> _Mesh:
+    given = [lowered.given[program.mesh, ref] for ref in program.given]
+    taken = {i.inputs[n] for i in program.instructions if isinstance(i, Run) for n in i.donated}
+    donated = {g.argument for ref, g in zip(program.given, given, strict=True) if ref in taken and g.micro_batch < 0}
+    inputs = tuple(_Input(g.argument, g.micro_batch, g.layout) for g in given if g.argument >= 0)
+    return _Mesh(span, inputs, frozenset(donated), program.returned)
+
+
+def _routes(program: Program) -> list[Route]:
+    """The routes that a mesh sends or receives by."""
+    return list(dict.fromkeys(i.transfer for i in program.instructions if isinstance(i, Send | Recv)))
+
+
+def mesh_program(program: Program, lowered: LoweredPipeline, partners: Mapping[Route, Partner]) -> MeshProgram:
+    """What the workers of a mesh get to know."""
+    ran = dict.fromkeys(i.piece for i in program.instructions if isinstance(i, Run))
+    pieces: dict[str, Staged] = {name: lowered.pieces[name] for name in ran}
+    given = [lowered.given[program.mesh, ref] for ref in program.given]
+    numbers = {place: (g.micro_batch, g.layout) for place, g in enumerate(given) if g.argument < 0}
+    return MeshProgram(program, pieces, partners, numbers, lowered.names)
+
+
+def _merged(parts: Sequence[tuple[float, tuple[Event, ...]]]) -> tuple[Event, ...]:
+    """The events of all workers by one clock. Processes of a mesh do the same: the longest of each event is kept."""
+    found: dict[tuple[int, str], Event] = {}
+    for offset_s, events in parts:
+        for e in events:
+            moved = replace(e, start_s=e.start_s + offset_s, end_s=e.end_s + offset_s)
+            known = found.get((e.mesh, e.label), moved)
+            start_s, end_s = min(known.start_s, moved.start_s), max(known.end_s, moved.end_s)
+            found[e.mesh, e.label] = replace(moved, start_s=start_s, end_s=end_s)
+    return tuple(sorted(found.values(), key=lambda e: e.start_s))
+
+
+# -------------------------------------------------------------------------------------------------- small programs
+
+
+def moving(kind: BufferType, layout: Layout, devices: AbstractDevices) -> LoweredPipeline:
+    """A program that brings an array to another layout."""
+    source, ref = kind.layout, Ref(0)
+    given = {(0, ref): Given(0, -1, source)}
+    if source.devices == layout.devices:
+        moved = Ref(1)
+        piece = stage_function("reshard", lambda x: (jnp.copy(x),), [kind.struct], [source], [layout], devices)
+        run = Run("reshard", (ref,), (moved,), "reshard")
+        programs = (Program(0, (ref,), (run, Free((ref,))), (moved,)),)
+        return LoweredPipeline(
+            programs, {"reshard": piece}, {}, given, (Returned(((0, moved),)),), (source,), (layout,), {}
+        )
+    route = Route(0, 0, 1)
+    sending = Program(0, (ref,), (Send(ref, 1, route), Free((ref,))), ())
+    receiving = Program(1, (), (Recv(ref, 0, route),), (ref,))
+    size = 1 if kind.key_impl else jnp.dtype(kind.dtype).itemsize
+    transfer = plan_transfer(kind.shape, size, source, layout)
+    return LoweredPipeline(
+        (sending, receiving),
+        {},
+        {route: (transfer, kind.struct.dtype)},
+        given,
+        (Returned(((1, ref),)),),
+        (source,),
+        (layout,),
+        {},
+    )
+
+
+def making(
+    name: str,
+    fun: Callable[..., Sequence[Any]],
+    types: Sequence[Any],
+    wanted: Sequence[Layout],
+    devices: AbstractDevices,
+) -> LoweredPipeline:
+    """A program that makes arrays in their layouts of host data: each mesh computes those that live there."""
+    spans = list(dict.fromkeys(layout.devices for layout in wanted))
+    arguments, results = range(len(types)), range(len(types), len(types) + len(wanted))
+    programs: list[Program] = []
+    pieces: dict[str, Staged] = {}
+    given: dict[tuple[int, Ref], Given] = {}
+    homes = {n: spans.index(layout.devices) for n, layout in zip(results, wanted, strict=True)}
+    for mesh, span in enumerate(spans):
+        mine = [n - len(types) for n in results if homes[n] == mesh]
+        whole = [Layout((span[1],), ("x",), span, ((),) * len(t.shape)) for t in types]
+
+        def part(*values: Any, mine: Sequence[int] = mine) -> list[Any]:
+            made = fun(*values)
+            return [made[n] for n in mine]
+
+        pieces[f"{name} {mesh}"] = stage_function(
+            f"{name} {mesh}", part, types, whole, [wanted[n] for n in mine], devices
+        )
+        # Every buffer has one maker: each mesh has its own numbers for the same arguments.
+        inputs = tuple(Ref(len(types) + len(wanted) + mesh * len(types) + a) for a in arguments)
+        outputs = tuple(Ref(len(types) + n) for n in mine)
+        run = Run(f"{name} {mesh}", inputs, outputs, name)
+        programs.append(Program(mesh, inputs, (run, Free(inputs)) if inputs else (run,), outputs))
+        given.update(((mesh, ref), Given(a, -1, whole[a])) for a, ref in enumerate(inputs))
+    returned = tuple(Returned(((homes[n], Ref(n)),)) for n in results)
+    return LoweredPipeline(tuple(programs), pieces, {}, given, returned, (None,) * len(types), tuple(wanted), {})

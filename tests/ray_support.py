@@ -1,0 +1,158 @@
+"""A Ray cluster of several nodes on this machine, for tests, and a small body for its workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+_TESTS = Path(__file__).parent
+_STORE_BYTES = 80 * 2**20
+
+
+@dataclass
+class LocalRay:
+    """`address` to join, `nodes` by name as Ray's `Cluster` returned them, and the variables that were set."""
+
+    address: str
+    nodes: dict[str, Any]
+    cluster: Any
+
+    def add(self, name: str, cpus: int) -> None:
+        self.nodes[name] = self.cluster.add_node(num_cpus=cpus, node_name=name, object_store_memory=_STORE_BYTES)
+
+    def crash(self, name: str) -> None:
+        """What the end of a machine looks like to the others: nothing says goodbye."""
+        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
+
+
+def ray_environment(folder: str) -> dict[str, str]:
+    """What Ray's processes are started with: on this machine only, apart from others, quick to notice a lost node."""
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by Ray as: no other machines, so all is on 127.0.0.1
+        "RAY_TMPDIR": folder,
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH", "")])),
+    }
+
+
+@contextmanager
+def local_ray_cluster(nodes: int, cpus: int = 1) -> Generator[LocalRay]:
+    """`nodes` nodes `n0`, `n1`, ... on 127.0.0.1, with `cpus` CPUs each to Ray, that end with the context.
+
+    Ray's environment is set in the context. It must be entered before Ray is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()  # where Ray's Cluster writes its address
+        with mock.patch.dict(os.environ, ray_environment(folder)):
+            os.environ.pop("RAY_ADDRESS", None)
+            local = _started(nodes, cpus)
+            try:
+                yield local
+            finally:
+                _end(local.cluster)
+
+
+def _started(nodes: int, cpus: int) -> LocalRay:
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": cpus, "node_name": "n0", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    local = LocalRay(cluster.address, {"n0": cluster.head_node}, cluster)
+    try:
+        for i in range(1, nodes):
+            local.add(f"n{i}", cpus)
+    except BaseException:
+        _end(cluster)
+        raise
+    return local
+
+
+def _end(cluster: Any) -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+    cluster.shutdown()
+
+
+def wait_until(happened: Any, seconds: float = 10.0) -> bool:
+    """Whether `happened()` became true in time."""
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(happened())
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def processes_naming(text: str) -> list[int]:
+    """The processes with `text` in their command line, as Ray's have the folder of their session."""
+    found: list[int] = []
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
+        except (OSError, NotADirectoryError):
+            continue
+        if folder.name.isdecimal() and text in command and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+class Body:
+    """What workers do in the tests of `RayCluster`."""
+
+    def __init__(self, setup: Any) -> None:
+        self._setup = setup
+        self._seen: list[Any] = []
+
+    def setup(self) -> Any:
+        return self._setup
+
+    def total(self) -> float:
+        """The sum of the devices' numbers in the cluster, by an all-reduce over all devices of the mesh."""
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        mesh, spec = Mesh(np.array(devices), ("x",)), PartitionSpec("x")
+        numbers = np.arange(self._setup.first, self._setup.first + self._setup.count, dtype=np.float32)
+        split = jax.make_array_from_callback(numbers.shape, NamedSharding(mesh, spec), lambda index: numbers[index])
+        add = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+        return float(jax.jit(add)(split)[0])
+
+    def note(self, value: Any, seconds: float = 0.0) -> list[Any]:
+        time.sleep(seconds)
+        self._seen.append(value)
+        return list(self._seen)
+
+    def seen(self) -> list[Any]:
+        return list(self._seen)
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def fail(self, error: Exception) -> None:
+        raise error
