@@ -23,6 +23,7 @@ from alpa_like.errors import (
     ProgramError,
     SolverError,
     TraceError,
+    WorkerError,
 )
 from alpa_like.methods import DataParallel, ManualParallel, ShardParallel, Zero2Parallel, Zero3Parallel
 from alpa_like.pipeshard import (
@@ -70,6 +71,7 @@ __all__ = [
     "SolverError",
     "TraceError",
     "UniformStageOption",
+    "WorkerError",
     "Zero2Parallel",
     "Zero3Parallel",
     "create_state",

@@ -57,6 +57,8 @@ class RayCluster:
         self._grows = grows
         self._meshes: dict[Span, tuple[WorkerHandle, ...]] = {}
         self._deaths = Deaths()
+        self.roles: dict[tuple[int, int], str] = {}
+        """What runs on which devices, for messages."""
         self._failure = ""
         self._stopped = ""
         atexit.register(self.stop)
@@ -166,14 +168,17 @@ class RayCluster:
         return [worker.actor.call.remote(method, *args) for worker, args in pairs]
 
     def ask(self, workers: Sequence[WorkerHandle], method: str) -> list[Any]:
-        """Like `call`, but each worker runs it at once in a thread of its own, also while a call is running."""
+        """Like `call`, but each worker runs it at once in a thread of its own, also while a call is running.
+
+        It does wait behind calls that wait for references among their arguments.
+        """
         self._check_running()
         return [worker.actor.ask.remote(method) for worker in workers]
 
     def ready(self, refs: Sequence[Any], timeout_s: float) -> bool:
         """Whether all results are there, or one is an error; waits for that up to `timeout_s` seconds."""
         done, pending = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
-        self._results(done, timeout_s)
+        self._results(done, max(timeout_s, _POLL_S))
         self._raise_if_dead()
         return not pending
 
@@ -227,7 +232,9 @@ class RayCluster:
         if not self._failure:
             worker, reason = self._deaths.heard[0]
             lines = "".join(f"\n  | {line}" for line in ray_probes.log_tail(worker.host, worker.log))
-            self._failure = f"{worker}, died: {_reason(reason)}. The last lines of its log are:{lines}"
+            role = self.roles.get((worker.first, worker.count), "")
+            who = f"{worker}, with {role}, died" if role else f"{worker}, died"
+            self._failure = f"{who}: {_reason(reason)}. The last lines of its log are:{lines}"
         return WorkerError(self._failure)
 
     def _raise_if_dead(self) -> None:

@@ -155,7 +155,7 @@ class Launch:
             num_gpus=0,
             max_restarts=0,
             max_task_retries=0,
-            concurrency_groups={"main": 1, "control": 2},
+            concurrency_groups={"main": 1, "control": 4},
         )(WorkerActor)
         for part in parts:
             strategy = in_bundle(self.reservation, part.host)

@@ -43,8 +43,9 @@ _numbers = itertools.count(1)
 
 
 class Workers(Protocol):
-    """Who starts processes and calls them: `runtime.ray_cluster.RayCluster`."""
+    """Who starts processes and calls them: `runtime.ray_cluster.RayCluster`. `roles` say what runs where, to people."""
 
+    roles: dict[Span, str]
     devices_per_host: int
     platform: str
 
@@ -86,6 +87,7 @@ class Remote:
         self._programs = itertools.count()
         self._next_uuid = 1
         self._dead: dict[Span, list[int]] = {}
+        self._dropped: deque[tuple[Span, int]] = deque()
         self._begun: deque[list[Any]] = deque()
         self._moves: dict[tuple[BufferType, Layout], RemoteProgram] = {}
 
@@ -234,6 +236,19 @@ class Remote:
         dead = tuple(found[:count])
         del found[:count]
         return dead
+
+    def drop(self, program: int, spans: Sequence[Span]) -> None:
+        """Let the workers forget a program with the next step. May be called from any thread."""
+        self._dropped.extend((span, program) for span in spans)
+
+    def sweep(self) -> None:
+        """Free what is dead on meshes that no step frees it on, and programs that nobody can run any more."""
+        for span in list(self._dead):
+            if dead := self.take_dead(span):
+                self._later(self.call(span, "free", dead))
+        while self._dropped:
+            span, program = self._dropped.popleft()
+            self._later(self.call(span, "unload", program))
 
     # ------------------------------------------------------------------------------------------------------ orders
 
@@ -387,10 +402,10 @@ class RemoteProgram:
         self._remote.ordered(refs)
         return self._outputs(results)
 
-    def forget(self) -> None:
-        """Let the workers drop it, when the steps that were started are done."""
-        for span in self.spans.values():
-            self._remote.call(span, "unload", self.number)
+    def __del__(self) -> None:
+        spans = list(getattr(self, "spans", {}).values())
+        if spans and self._remote.alive:
+            self._remote.drop(self.number, spans)
 
     def trace(self, leaves: Sequence[Any]) -> tuple[list[Any], tuple[Event, ...]]:
         """A step, and when each piece ran, in seconds since the first worker began."""
@@ -411,8 +426,10 @@ class RemoteProgram:
             results.update(zip(((program.mesh, ref) for ref in mesh.returned), numbers, strict=True))
             dead = self._remote.take_dead(mesh.span)
             refs += self._remote.each(mesh.span, method, [(self.number, base, v, numbers, dead) for v in values])
-        for argument in {a for mesh in self._meshes for a in mesh.donated}:
-            leaves[argument].donate()
+        for leaf in (leaves[a] for a in {a for mesh in self._meshes for a in mesh.donated}):
+            if isinstance(leaf, RemoteArray):
+                leaf.donate()
+        self._remote.sweep()
         return refs, results
 
     def _values(self, mesh: _Mesh, leaves: Sequence[Any]) -> list[tuple[Any, ...]]:

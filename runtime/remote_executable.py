@@ -35,6 +35,7 @@ class RemoteExecutable(PipelineExecutable):
         self._prepare(lowered, cuts, remote.place)
         self._remote = remote
         self._program = RemoteProgram(remote, lowered, cut.jaxpr.in_avals, cut.jaxpr.out_avals)
+        remote.workers.roles.update(_roles(plan))
         # Host data travels with the step.
         self._wanted = tuple(None if i in trace.batch else place for i, place in enumerate(self._wanted))
 
@@ -82,6 +83,17 @@ class RemoteExecutable(PipelineExecutable):
         return self._each("temporaries")
 
 
+def _roles(plan: Plan) -> dict[tuple[int, int], str]:
+    """The stages of a pipeline by devices."""
+    if plan.pipeline is None:
+        return {}
+    found: dict[tuple[int, int], list[str]] = {}
+    for number in range(len(plan.pipeline.stages)):
+        devices = next(s.devices for s in plan.stages if s.name == f"forward {number}")
+        found.setdefault(devices, []).append(str(number))
+    return {devices: f"stage {' and '.join(numbers)} of {plan.function}" for devices, numbers in found.items()}
+
+
 def _narrow(value: Any) -> Any:
     """Shape and dtype of host data as JAX takes it: 32 bits, unless it was told otherwise."""
     found = value if hasattr(value, "dtype") else np.asarray(value)
@@ -105,7 +117,6 @@ def born(remote: Remote, name: str, init_fn: Callable[..., Any], args: Sequence[
         remote, making(name, leaves, types, wanted, remote.devices), types, jax.eval_shape(leaves, *types)
     )
     made = iter(program.run(given))
-    program.forget()
     joined = [
         ChunkedArray([next(made) for _ in leaf.lengths]) if isinstance(leaf, Parts) else next(made) for leaf in flat
     ]

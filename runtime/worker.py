@@ -121,9 +121,10 @@ class Worker:
         loaded = self._programs[number]
         try:
             returned = loaded.interpreter(self._given(loaded, base, values))
-        except ProgramError as error:
-            self._failures.update(dict.fromkeys(results, str(error)))
-            raise
+        except (ProgramError, jax.errors.JaxRuntimeError) as error:
+            text = str(error) if isinstance(error, ProgramError) else f"a step failed: {_first_line(error)}"
+            self._failures.update(dict.fromkeys(results, text))
+            raise ProgramError(text) from error
         self._arrays.update(zip(results, returned, strict=True))
 
     def trace(
@@ -219,6 +220,10 @@ class Worker:
         """Bytes on one device that each piece of a program needs beside its arguments and results."""
         pieces = self._programs[number].pieces
         return {name: piece.memory_analysis().temp_size_in_bytes for name, piece in pieces.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _use_compilation_cache() -> None:

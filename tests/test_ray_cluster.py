@@ -60,7 +60,8 @@ def started(local: LocalRay, **options: Any) -> Generator[RayCluster]:
 
 
 def test_hosts_are_numbered_by_name_and_described(session: RayCluster):
-    assert [host.name for host in session.hosts] == ["n0", "n1"]
+    first, second = (host.name for host in session.hosts)
+    assert first < second
     assert (session.platform, session.devices_per_host, session.num_devices) == ("cpu", 2, 4)
     assert (session.cluster.hosts, session.cluster.devices_per_host) == (2, 2)
     assert "guess" in session.cluster.sources[-1]
@@ -77,13 +78,8 @@ def test_meshes_compute_side_by_side_on_the_same_devices(session: RayCluster):
 
 def test_each_worker_knows_its_place(session: RayCluster):
     first, second = session.wait(session.call(session.workers(0, 4), "setup", [(), ()]))
-    assert (first.first, first.count, first.process_id, first.num_processes, first.devices_per_process) == (
-        0,
-        4,
-        0,
-        2,
-        2,
-    )
+    assert (first.first, first.count, first.devices_per_process) == (0, 4, 2)
+    assert (first.process_id, first.num_processes) == (0, 2)
     assert second.process_id == 1
     assert second.coordinator == first.coordinator
     assert first.coordinator.startswith(f"{first.host_ip}:")
@@ -93,35 +89,38 @@ def test_each_worker_knows_its_place(session: RayCluster):
 
 def test_calls_keep_their_order_and_asking_does_not_wait_for_them(session: RayCluster):
     worker = session.workers(3, 1)
-    (slow,) = session.call(session.workers(0, 1), "note", [("late", 1.0)])
-    refs = [session.call(worker, "note", [(value,)])[0] for value in (slow, "second", "third")]
+    refs = [session.call(worker, "note", [args])[0] for args in (("first", 2.0), ("second",), ("third",))]
     start = time.monotonic()
     assert session.wait(session.ask(worker, "seen")) == [[]]
-    assert time.monotonic() - start < 0.8
-    assert session.wait(refs)[-1] == [["late"], "second", "third"]
+    assert time.monotonic() - start < 1.5
+    assert session.wait(refs)[-1] == ["first", "second", "third"]
+    (slow,) = session.call(session.workers(0, 1), "note", [("late", 0.3)])
+    refs = [session.call(worker, "note", [(value,)])[0] for value in (slow, "last")]
+    assert session.wait(refs)[-1][3:] == [["late"], "last"]
 
 
 def test_an_error_of_ours_is_raised_as_it_is(session: RayCluster):
-    with pytest.raises(PlanError, match="^no plan$") as caught:
+    with pytest.raises(PlanError, match=r"^no plan") as caught:
         session.wait(session.call(session.workers(0, 1), "fail", [(PlanError("no plan"),)]))
-    assert "for device 0 on host n0" in caught.value.__notes__[0]
+    assert f"for device 0 on host {session.hosts[0]}" in caught.value.__notes__[0]
     assert session.wait(session.call(session.workers(0, 1), "seen", [()])) == [["late"]]
 
 
 def test_another_error_names_the_worker_and_what_it_said_while_others_still_run(session: RayCluster):
     error = ValueError("dots differ\nmany\nlines\nin dim 3")
-    busy = session.call(session.workers(3, 1), "sleep", [(6.0,)])
+    busy = session.call(session.workers(3, 1), "sleep", [(4.5,)])
     failing = session.call(session.workers(0, 4)[1:], "fail", [(error,)])
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"^worker 2 of 2 .* n1 .*: ValueError: dots differ ... in dim 3$") as caught:
+    with pytest.raises(WorkerError, match=r"^worker 2 of 2 .*: ValueError: dots differ ... in dim 3$") as caught:
         session.wait([*busy, *failing])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 4
+    assert str(session.hosts[1]) in str(caught.value)
     assert isinstance(caught.value.__cause__, ValueError)
     assert session.poll_failure() is None
 
 
 def test_no_answer_in_time(session: RayCluster):
-    refs = session.call(session.workers(3, 1), "sleep", [(1.5,)])
+    refs = session.call(session.workers(3, 1), "sleep", [(1.0,)])
     with pytest.raises(WorkerError, match=r"^1 of 1 answers did not come within 0.3 s"):
         session.wait(refs, timeout_s=0.3)
     assert session.wait(refs) == [None]
@@ -144,7 +143,7 @@ def test_a_body_that_fails(local: LocalRay):
 # -------------------------------------------------------------------------------------------- what can't be started
 
 
-def test_too_few_hosts(session: RayCluster, local: LocalRay, caplog: pytest.LogCaptureFixture):
+def test_too_few_hosts(session: RayCluster, local: LocalRay):
     with pytest.raises(
         ClusterError, match=r"expected 4 host\(s\) with 2 emulated .*, but 3 of 4 are there after 0.5 s"
     ):
@@ -163,9 +162,7 @@ def test_hosts_in_use(session: RayCluster, local: LocalRay):
 def test_another_version_on_a_host(session: RayCluster, local: LocalRay, monkeypatch: pytest.MonkeyPatch):
     here = ray_probes.driver_versions()
     monkeypatch.setattr(ray_probes, "driver_versions", lambda: here | {"jaxlib": "0.9.1"})
-    with pytest.raises(
-        ClusterError, match=rf"^host n0 .* has jaxlib {here['jaxlib']}, but the driver has 0.9.1: install"
-    ):
+    with pytest.raises(ClusterError, match=r"^host n\d .* has jaxlib .*, but the driver has 0.9.1: install"):
         start(local, num_hosts=1)
 
 
@@ -173,7 +170,7 @@ def test_no_package_on_a_host(session: RayCluster, local: LocalRay, monkeypatch:
     monkeypatch.setattr(ray_probes, "_PACKAGE", "another_package")
     monkeypatch.setattr(ray_probes, "driver_versions", lambda: {"another_package": "1.0"})
     with pytest.raises(
-        ClusterError, match=r"^host n0 .* has no another_package, but the driver has 1.0: install the same"
+        ClusterError, match=r"^host n\d .* has no another_package, but the driver has 1.0: install the same"
     ):
         start(local, num_hosts=1)
 
