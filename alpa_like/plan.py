@@ -425,9 +425,14 @@ def _header(plan: Plan) -> list[str]:
 
 def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
     """The schedule in one line, and a table of the stages."""
-    flops = f"{len(pipeline.layer_ends)} layers, {len(pipeline.stages)} stages"
+    counts = (
+        (pipeline.num_micro_batches, "micro-batch", "es"),
+        (len(pipeline.layer_ends), "layer", "s"),
+        (len(pipeline.stages), "stage", "s"),
+    )
+    shape = ", ".join(f"{n} {name}{ending if n != 1 else ''}" for n, name, ending in counts)
     lines = [
-        f"pipeline {pipeline.schedule}, {pipeline.num_micro_batches} micro-batches, {flops}, bubble "
+        f"pipeline {pipeline.schedule}, {shape}, bubble "
         f"{100 * pipeline.bubble_fraction():.1f} %"
     ]
     rows = [("stage", "layers", "devices", "mesh", "forward", "backward", "in flight", "each", "memory", "remat")]

@@ -224,6 +224,10 @@ def _check(num_layers: int, num_micro_batches: int, memory_bytes: float, gap: fl
         raise MethodError(f"memory_bytes must be above 0 and gap at least 0, found {memory_bytes} and {gap}")
 
 
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
 def _counts(
     rooms: _Rooms, num_layers: int, cluster: Cluster, max_stages: int | None, num_stages: int | None
 ) -> tuple[int, ...]:
@@ -232,9 +236,12 @@ def _counts(
     most = math.inf if max_stages is None else max_stages
     counts = tuple(n for n in possible if n <= most and num_stages in (None, n))
     if not counts:
+        asked = max_stages if num_stages is None else num_stages
         raise MethodError(
-            f"{num_layers} layers on {cluster.hosts} hosts of {cluster.devices_per_host} devices can form "
-            f"{', '.join(map(str, possible))} stages, not num_stages={num_stages} with max_stages={max_stages}"
+            f"{_counted(num_layers, 'layer')} on {_counted(cluster.hosts, 'host')} of "
+            f"{_counted(cluster.devices_per_host, 'device')} can form {', '.join(map(str, possible))} stages with "
+            f"submeshes of 1, 2, 4, … devices or whole hosts, not {asked}; ask for one of these, or give other "
+            "submeshes with ManualStageOption"
         )
     return counts
 
