@@ -1,5 +1,8 @@
 """Automatic parallelization for JAX: one decorator shards an unmodified train step."""
 
+import importlib
+from typing import Any
+
 from alpa_like.api import (
     ParallelFunction,
     create_state,
@@ -87,3 +90,10 @@ __all__ = [
     "train",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`alpa_like.viz`, which needs matplotlib, when it is asked for."""
+    if name == "viz":
+        return importlib.import_module("alpa_like.viz")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ A plan needs no device and no solver: the same program with the same plan compil
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import math
@@ -34,7 +35,10 @@ __all__ = [
     "SolverReport",
     "Spec",
     "StagePlan",
+    "itemsize",
     "partition_spec",
+    "seconds_text",
+    "shown_stages",
     "spec_text",
 ]
 
@@ -356,12 +360,26 @@ class Plan:
         return "\n".join(_describe(self))
 
     def __repr__(self) -> str:
-        step = _seconds(self.predicted.step_time_s)
+        step = seconds_text(self.predicted.step_time_s)
         how = f"mesh {self.mesh_shape}" if self.pipeline is None else f"{len(self.pipeline.stages)} stages"
         return f"Plan({self.function}, {self.method}, {how}, {self.cluster.name}, step {step})"
 
     def _repr_html_(self) -> str:
-        rows = [row for stage in _shown_stages(self) for row in _rows(stage)]
+        try:
+            from alpa_like import viz  # draws with matplotlib, which need not be there
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            return self._table_html()
+        picture = base64.b64encode(viz.overview_png(self)).decode()
+        return (
+            f'<div><img style="width: 1100px; max-width: 100%" alt="{html.escape(repr(self))}" '
+            f'src="data:image/png;base64,{picture}">'
+            f"<details><summary>the plan as text</summary>{self._table_html()}</details></div>"
+        )
+
+    def _table_html(self) -> str:
+        rows = [row for stage in shown_stages(self) for row in _rows(stage)]
         table = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
         head = "<br>".join(html.escape(line) for line in _header(self))
         titles = "".join(f"<th>{t}</th>" for t in ("tensor", "count", "shape", "sharding", "per device"))
@@ -396,7 +414,7 @@ def bytes_text(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def _seconds(s: float) -> str:
+def seconds_text(s: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if s >= size:
             return f"{s / size:.3g} {unit}"
@@ -406,10 +424,9 @@ def _seconds(s: float) -> str:
 def _header(plan: Plan) -> list[str]:
     p, s = plan.predicted, plan.solver
     traffic = ", ".join(f"{k} {bytes_text(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
-    parts = f"compute {_seconds(p.compute_time_s)} + communication {_seconds(p.communication_time_s)}"
-    step = (
-        f"step {_seconds(p.step_time_s)} {'=' if plan.pipeline is None else 'with waiting; the busiest mesh:'} {parts}"
-    )
+    parts = f"compute {seconds_text(p.compute_time_s)} + communication {seconds_text(p.communication_time_s)}"
+    how = "=" if plan.pipeline is None else "with waiting; the busiest mesh:"
+    step = f"step {seconds_text(p.step_time_s)} {how} {parts}"
     lines = [
         f"Plan of {plan.function} by {plan.method} for {plan.cluster}",
         f"{step}, peak memory {bytes_text(p.peak_memory_bytes)} per device",
@@ -418,7 +435,7 @@ def _header(plan: Plan) -> list[str]:
     ]
     if len(s.considered) > 1:
         lines.append(
-            "meshes " + ", ".join(f"{name} {_seconds(t) if t < math.inf else '-'}" for name, t in s.considered)
+            "meshes " + ", ".join(f"{name} {seconds_text(t) if t < math.inf else '-'}" for name, t in s.considered)
         )
     return lines + [f"warning: {w}" for w in plan.warnings]
 
@@ -431,10 +448,7 @@ def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
         (len(pipeline.stages), "stage", "s"),
     )
     shape = ", ".join(f"{n} {name}{ending if n != 1 else ''}" for n, name, ending in counts)
-    lines = [
-        f"pipeline {pipeline.schedule}, {shape}, bubble "
-        f"{100 * pipeline.bubble_fraction():.1f} %"
-    ]
+    lines = [f"pipeline {pipeline.schedule}, {shape}, bubble {100 * pipeline.bubble_fraction():.1f} %"]
     rows = [("stage", "layers", "devices", "mesh", "forward", "backward", "in flight", "each", "memory", "remat")]
     for number, stage in enumerate(pipeline.stages):
         piece = next(s for s in plan.stages if s.name == f"forward {number}")
@@ -445,8 +459,8 @@ def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
                 f"{stage.first}-{stage.last}",
                 f"{first}-{first + count - 1}",
                 "x".join(map(str, piece.mesh_shape)),
-                _seconds(stage.forward_s),
-                _seconds(stage.backward_s),
+                seconds_text(stage.forward_s),
+                seconds_text(stage.backward_s),
                 str(stage.in_flight),
                 bytes_text(stage.micro_bytes),
                 bytes_text(pipeline.memory_bytes[stage.mesh]),
@@ -457,7 +471,7 @@ def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
     return lines + ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
-def _shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
+def shown_stages(plan: Plan) -> tuple[StagePlan, ...]:
     """What is listed tensor by tensor: of a pipeline the arguments of each mesh, each once."""
     if plan.pipeline is None:
         return plan.stages
@@ -483,7 +497,7 @@ def _describe(plan: Plan) -> Iterator[str]:
     yield from _header(plan)
     if plan.pipeline is not None:
         yield from _pipeline_lines(plan, plan.pipeline)
-    for stage in _shown_stages(plan):
+    for stage in shown_stages(plan):
         axes = ", ".join(f"{n}={k}" for n, k in zip(stage.axis_names, stage.mesh_shape, strict=True))
         inside = f"{len(stage.pins)} layouts pinned inside"
         if stage.sums:
@@ -503,7 +517,7 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
         if number >= len(stage.inputs) and (p.shape, p.dtype, p.spec) in returned and len(stage.outputs) > 8:
             continue  # results of the state mirror its arguments
         parts = [math.prod(stage.mesh_shape[a] for a in axes) for axes in p.spec]
-        mine = math.prod(size // n for size, n in zip(p.shape, parts, strict=True)) * _itemsize(p.dtype)
+        mine = math.prod(size // n for size, n in zip(p.shape, parts, strict=True)) * itemsize(p.dtype)
         key = (
             re.sub(r"\d+", "*", p.path),
             f"{p.dtype}[{','.join(map(str, p.shape))}]",
@@ -514,7 +528,7 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
     return [(k[0] if len(paths) > 1 else paths[0], str(len(paths)), *k[1:]) for k, paths in merged.items()]
 
 
-def _itemsize(dtype: str) -> float:
+def itemsize(dtype: str) -> float:
     digits = re.search(r"(\d+)", dtype)
     return max(1.0, int(digits[1]) / 8) if digits else 1.0
 
@@ -530,7 +544,7 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
     yield from _pipeline_differences(left.pipeline, right.pipeline)
     a, b = left.predicted.step_time_s, right.predicted.step_time_s
     if a != b:
-        yield f"step time: {_seconds(a)} -> {_seconds(b)}"
+        yield f"step time: {seconds_text(a)} -> {seconds_text(b)}"
     mine, theirs = left.shardings, right.shardings
     for path in [*mine, *(p for p in theirs if p not in mine)]:
         if mine.get(path) != theirs.get(path):
