@@ -70,6 +70,8 @@ def init(
         return
     if type(max_restarts) is not int or max_restarts < 0:
         raise ClusterError(f"max_restarts must be a whole number from 0 on, found {max_restarts!r}")
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not wait_s >= 0:
+        raise ClusterError(f"wait_s must be a number of seconds from 0 on, found {wait_s!r}")
     if cluster is not None and cluster != "ray" and type(cluster) is not Cluster:
         raise ClusterError(f'cluster must be an alpa_like.Cluster, "ray" or None, found {cluster!r}')
     described = cluster if isinstance(cluster, Cluster) else None

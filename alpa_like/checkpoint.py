@@ -387,6 +387,11 @@ def _aims(like: Any, manifest: Manifest) -> tuple[Any, list[_Aim]]:
 
 def _place(value: Any) -> Any:
     """Where a leaf like this one is to live; None for NumPy arrays and numbers, which stay as they are."""
+    if getattr(value, "lost", False) and session.current().remote is None:
+        raise CheckpointError(
+            "like has arrays of workers that have ended, and now there are none; give the step, or jax.eval_shape of "
+            "what makes the state"
+        )
     place = place_of(value)
     return (
         SingleDeviceSharding(jax.devices()[0]) if place is None and isinstance(value, jax.ShapeDtypeStruct) else place

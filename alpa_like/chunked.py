@@ -78,6 +78,11 @@ class ChunkedArray:
         """Whether a step that it was donated to has taken it."""
         return any(p.is_deleted() for p in self.parts)
 
+    @property
+    def lost(self) -> bool:
+        """Whether a part was on workers that have ended."""
+        return any(getattr(p, "lost", False) for p in self.parts)
+
     def block_until_ready(self) -> ChunkedArray:
         """This array, once all parts are computed."""
         for part in self.parts:

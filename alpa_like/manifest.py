@@ -237,6 +237,8 @@ def _check_saveable(leaf: Leaf, value: Any) -> None:
         raise CheckpointError(
             f"leaf {leaf.path} is a {type(value).__name__}, which has no data; save the state that a step returned"
         )
+    if getattr(value, "lost", False):
+        raise CheckpointError(f"leaf {leaf.path} was on workers that have ended; go on from the last checkpoint")
     if hasattr(value, "is_deleted") and value.is_deleted():
         raise CheckpointError(
             f"leaf {leaf.path} was donated to a step and is gone; save the state that the step returned"

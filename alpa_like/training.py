@@ -8,17 +8,22 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from alpa_like.api import ParallelFunction
 from alpa_like.checkpoint import Saving, latest_step, restore_checkpoint, save_checkpoint
-from alpa_like.errors import AlpaError, ClusterError, TraceError
+from alpa_like.chunked import ChunkedArray
+from alpa_like.errors import AlpaError, ClusterError, TraceError, WorkerError
 from alpa_like.runtime import session
+from alpa_like.runtime.remote_arrays import RemoteArray
 from alpa_like.tracer import abstract_leaf
 
 __all__ = ["prefetch", "train"]
@@ -26,6 +31,10 @@ __all__ = ["prefetch", "train"]
 logger = logging.getLogger("alpa_like")
 
 _AHEAD = 2
+_POLL_S = 0.1
+_GRACE_S = 3.0
+_NEWS_S = 40.0
+"""Ray takes up to half a minute to notice that a host is gone, while its workers already do not answer."""
 
 
 def prefetch(batches: Iterable[Any], depth: int = _AHEAD) -> Iterator[Any]:
@@ -38,7 +47,7 @@ def prefetch(batches: Iterable[Any], depth: int = _AHEAD) -> Iterator[Any]:
     return _prefetched(iter(batches), depth)
 
 
-def _prefetched(batches: Iterator[Any], depth: int) -> Iterator[Any]:
+def _prefetched(batches: Iterator[Any], depth: int) -> Generator[Any]:
     reader = _Reader(batches, depth)
     try:
         while (found := reader.ready.get()) is not None:
@@ -53,7 +62,7 @@ def _prefetched(batches: Iterator[Any], depth: int) -> Iterator[Any]:
 class _Failure:
     """What an iterator raised."""
 
-    error: Exception
+    error: BaseException
 
 
 class _Reader:
@@ -72,14 +81,14 @@ class _Reader:
                 if self.closed.is_set():
                     return
             self._offer(None)
-        except Exception as error:  # noqa: BLE001 - whatever the user's iterator raises is raised where it is read
+        except BaseException as error:  # noqa: BLE001 - whatever the iterator raises is raised where it is read
             self._offer(_Failure(error))
 
     def _offer(self, found: tuple[Any] | _Failure | None) -> None:
         """Put it where it is read, unless nobody reads any more."""
         while not self.closed.is_set():
             with contextlib.suppress(queue.Full):
-                self.ready.put(found, timeout=0.1)
+                self.ready.put(found, timeout=_POLL_S)
                 return
 
 
@@ -94,7 +103,7 @@ def train(
     keep: int | None = 2,
     on_step: Callable[[int, Any], Any] | None = None,
 ) -> Any:
-    """Run `train_step(state, batch)` for every batch; returns the last state.
+    """Run `train_step(state, batch)` for every batch; returns the last state. `state` is donated, if the step does so.
 
     The step returns the new state, or a tuple with the new state first; `on_step(step, rest)` is given what else it
     returns, the first step being 0. Reading a metric there waits for the step, so read it now and then only.
@@ -134,23 +143,31 @@ class _Batches:
     """Batches by number. Those since the last complete checkpoint are kept, if they can't be read again."""
 
     source: Iterable[Any] | Callable[[int], Iterable[Any]]
-    begun: int = 0
     kept: deque[tuple[int, Any]] = field(default_factory=deque[tuple[int, Any]])
-    read: Iterator[tuple[int, Any]] | None = None
+    reader: Generator[Any] | None = None
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def start(self, step: int) -> Iterator[tuple[int, Any]]:
         """(number, batch) from `step` on."""
         if callable(self.source):
-            return zip(itertools.count(step), prefetch(self.source(step)), strict=False)
-        if self.read is None:
-            self.read = zip(itertools.count(step), prefetch(itertools.islice(self.source, step, None)), strict=False)
+            self.close()
+            self.reader = _prefetched(iter(self.source(step)), _AHEAD)
+            return zip(itertools.count(step), self.reader, strict=False)
+        if self.reader is None:
+            self.numbers = itertools.count(step)
+            self.reader = _prefetched(itertools.islice(self.source, step, None), _AHEAD)
         again = [(n, batch) for n, batch in self.kept if n >= step]
-        return itertools.chain(again, self._fresh(self.read))
+        return itertools.chain(again, self._fresh(self.reader))
 
-    def _fresh(self, read: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        for n, batch in read:
-            self.kept.append((n, batch))
-            yield n, batch
+    def _fresh(self, reader: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        for batch in reader:
+            self.kept.append((next(self.numbers), batch))
+            yield self.kept[-1]
+
+    def close(self) -> None:
+        """Read no more."""
+        if self.reader is not None:
+            self.reader.close()
 
     def forget(self, step: int) -> None:
         """No batch before `step` will be asked for again."""
@@ -173,51 +190,67 @@ class _Loop:
         self.saving: Saving | None = None
         self.saved = -1
         self.shapes: Any = None
-        self.returns_tuple = False
 
     def run(self, state: Any) -> Any:
-        """The last state. Begins again after a death, as often as the session allows."""
+        """The last state. However it ends, nothing reads batches or writes a checkpoint after it."""
         self.shapes = jax.tree.map(_shape, state)
+        try:
+            return self.attempts(state)
+        finally:
+            self.batches.close()
+            self.abandon()
+
+    def attempts(self, state: Any) -> Any:
+        """The last state. Begins again after a death, as often as the session allows."""
         restarts = session.current().max_restarts
-        begun = False
         while True:
             try:
-                if begun:
-                    self.abandon()
-                    session.restart()
-                start, state = self.begin(None if begun else state)
-                return self.steps(start, state)
+                return self.steps(*self.begin(state))
             except AlpaError as error:
-                here = session.current()
-                if here.remote is None or here.remote.workers.poll_failure() is None:
+                if not restarts or not _workers_died(error):
                     raise
-                if not restarts:
-                    raise
-                restarts, begun, state = restarts - 1, True, None
+                restarts, state = restarts - 1, None
                 logger.warning("%s; going on with what is left, %d restarts left", error, restarts)
+            self.abandon()
+            session.restart()
 
     def abandon(self) -> None:
-        """Let go of a checkpoint that workers were writing when they were lost."""
+        """Wait for a checkpoint that is being written, whatever becomes of it."""
         if self.saving is not None:
             with contextlib.suppress(AlpaError):
                 self.saving.wait()
             self.saving = None
 
-    def begin(self, state: Any) -> tuple[int, Any]:
-        """The first step and its state: from the last complete checkpoint, else the one that was given."""
+    def begin(self, state: Any) -> tuple[int, Any, Iterator[tuple[int, Any]]]:
+        """The first step, its state and batches: from the last complete checkpoint, else the state that was given."""
         step = None if self.directory is None else latest_step(self.directory)
         if step is None:
-            return self.begin_fresh(state)
+            return 0, self.begin_fresh(state), self.batches.start(0)
         assert self.directory is not None
-        first = next(iter(self.batches.start(step)), None)
-        if first is None:
-            return step, restore_checkpoint(self.directory, self.shapes, step)
-        self.train_step.compile(self.shapes, first[1])
+        batches = self.batches.start(step)
+        first = next(batches, None)
+        if first is not None and not self.is_compiled():
+            self.train_step.compile(self.shapes, first[1])
         logger.info("going on with step %d from %s", step, self.directory)
         self.saved = step
-        return step, restore_checkpoint(self.directory, self.train_step, step)
+        self.let_go(state)
+        restored = restore_checkpoint(self.directory, self.train_step if self.is_compiled() else self.shapes, step)
+        return step, restored, batches if first is None else itertools.chain([first], batches)
 
-    def begin_fresh(self, state: Any) -> tuple[int, Any]:
+    def is_compiled(self) -> bool:
+        """Whether the step has a plan for the devices of this session."""
+        step = self.train_step
+        return step.last_executable is not None and step._session is session.current()  # pyright: ignore[reportPrivateUsage]
+
+    def let_go(self, state: Any) -> None:
+        """Free what workers have of a state that is not needed, as it would be there twice."""
+        if self.train_step.donate_argnums == "auto" or 0 in self.train_step.donate_argnums:
+            for leaf in jax.tree.leaves(state):
+                for part in leaf.parts if isinstance(leaf, ChunkedArray) else (leaf,):
+                    if isinstance(part, RemoteArray):
+                        part.delete()
+
+    def begin_fresh(self, state: Any) -> Any:
         if state is None:
             raise ClusterError(
                 "the workers were lost before there was a complete checkpoint to go on from; start training again"
@@ -225,22 +258,22 @@ class _Loop:
         if self.directory is not None and session.current().max_restarts:
             save_checkpoint(self.directory, state, 0, keep=self.keep).wait()
             self.saved = 0
-        return 0, state
+        return state
 
-    def steps(self, start: int, state: Any) -> Any:
-        """All steps from `start` on."""
-        tree, step = jax.tree.structure(self.shapes), start
-        if self.num_steps is not None and start >= self.num_steps:
+    def steps(self, done: int, state: Any, batches: Iterator[tuple[int, Any]]) -> Any:
+        """All steps but those that are done."""
+        tree = jax.tree.structure(self.shapes)
+        if self.num_steps is not None and done >= self.num_steps:
             return state
-        for step, batch in self.batches.start(start):
-            out = self.train_step(state, batch)
-            state, rest = _split(out, tree, self.train_step)
-            self.on_step(step, rest)
-            self.checkpoint(state, step + 1)
-            if step + 1 == self.num_steps:
+        for number, batch in batches:
+            state, rest = _split(self.train_step(state, batch), tree, self.train_step)
+            self.on_step(number, rest)
+            done = number + 1
+            self.checkpoint(state, done)
+            if done == self.num_steps:
                 break
         jax.block_until_ready(state)
-        self.finish(state, step + 1)
+        self.finish(state, done)
         return state
 
     def checkpoint(self, state: Any, step: int) -> None:
@@ -267,12 +300,26 @@ class _Loop:
             self.saved = step
 
 
+def _workers_died(error: AlpaError) -> bool:
+    """Whether the death of a worker is behind an error. The news of it may come later than what it has caused."""
+    remote = session.current().remote
+    if remote is None:
+        return False
+    deadline = time.monotonic() + (_NEWS_S if isinstance(error, WorkerError) else _GRACE_S)
+    while remote.workers.poll_failure() is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
 def _shape(leaf: Any) -> Any:
-    """Shape and dtype of a leaf; Python numbers stay, as they promote otherwise."""
-    if not hasattr(leaf, "dtype"):
-        abstract_leaf(leaf)
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=bool(getattr(leaf, "weak_type", False)))
+    """Shape and dtype of a leaf, as JAX takes it and a step returns it."""
+    shape, _, weak = abstract_leaf(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
 
 
 def _split(out: Any, tree: Any, train_step: ParallelFunction) -> tuple[Any, Any]:

@@ -149,6 +149,10 @@ class Executable:
                 shape, dtype, weak = abstract_leaf(value)
             except TraceError as error:
                 raise ProgramError(f"argument {leaf.path} must be an array, but {error}") from None
+            if getattr(value, "lost", False):
+                raise ProgramError(
+                    f"argument {leaf.path} was on workers that have ended; restore the state from the last checkpoint"
+                )
             if isinstance(value, (jax.Array, *self._kinds)) and value.is_deleted():
                 raise ProgramError(
                     f"argument {leaf.path} was donated to an earlier step and is gone; pass the state that it returned"

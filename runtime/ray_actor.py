@@ -49,11 +49,15 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where an actor's process is: `log` is the file that its standard error goes to, `port` was free just now."""
+    """Where an actor's process is: `log` is the file that its standard error goes to, `port` was free just now.
+
+    `used`: JAX runs there already, as Ray gives actors the processes of earlier tasks.
+    """
 
     pid: int
     log: str
     port: int
+    used: bool
 
 
 def environment(platform: str, devices: int, visible: Sequence[str], *, whole_host: bool) -> dict[str, str]:
@@ -89,8 +93,21 @@ def configure(platform: str, devices: int, variables: dict[str, str]) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def measure(platform: str, devices: int, variables: dict[str, str]) -> dict[str, Any]:
-    """This host's devices as `Cluster.to_json` writes them."""
+def _jax_runs() -> bool:
+    """Whether JAX has started in this process, so that its devices can't be chosen any more."""
+    count: int = jax.config.values["jax_num_cpu_devices"]
+    try:
+        jax.config.update("jax_num_cpu_devices", count + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", count)
+    return False
+
+
+def measure(platform: str, devices: int, variables: dict[str, str]) -> dict[str, Any] | None:
+    """This host's devices as `Cluster.to_json` writes them; None if another process has to do it."""
+    if _jax_runs():
+        return None
     configure(platform, devices, variables)
     return Cluster.local(devices).to_json()
 
@@ -105,7 +122,7 @@ class WorkerProcess:
     def locate(self) -> Located:
         with socket.create_server(("", 0)) as server:
             port: int = server.getsockname()[1]
-        return Located(os.getpid(), _log_file(), port)
+        return Located(os.getpid(), _log_file(), port, _jax_runs())
 
     def begin(self, name: str, setup: WorkerSetup, variables: dict[str, str], body: str) -> None:
         """Start JAX, meet the other processes of the group, and make the body, `module:Class`."""

@@ -22,8 +22,16 @@ from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, ClusterError, WorkerError
 from alpa_like.runtime import ray_hosts, ray_probes
 from alpa_like.runtime.ray_actor import NOTE, WorkerSetup, measure
-from alpa_like.runtime.ray_hosts import GetTimeoutError, Host, RayError, Reservation, Want, ray
-from alpa_like.runtime.ray_workers import Deaths, Launch, Part, Span, WorkerHandle, kill, parts_of
+from alpa_like.runtime.ray_connection import (
+    GetTimeoutError,
+    RayError,
+    connect,
+    first_and_last_line,
+    nodes_alive,
+    ray,
+)
+from alpa_like.runtime.ray_hosts import Host, Reservation, Want
+from alpa_like.runtime.ray_workers import Deaths, Launch, Part, Span, WorkerHandle, kill, new_process, parts_of
 
 __all__ = ["Host", "RayCluster", "WorkerHandle", "WorkerSetup"]
 
@@ -75,13 +83,13 @@ class RayCluster:
     ) -> RayCluster:
         """Join a Ray cluster, or start one on this machine, and reserve hosts in it.
 
-        `address` is `host:port`, "auto", "local" or None, see `ray_hosts.connect`. Without `num_hosts` and
+        `address` is `host:port`, "auto", "local" or None, see `connect`. Without `num_hosts` and
         `num_devices` all nodes are taken that are there now, each with all devices; on nodes without accelerators 8
         devices are emulated in total. Waits up to `wait_s` seconds for nodes to join and to become free, then raises
         `ClusterError`.
         """
         want = Want(num_devices, num_hosts)
-        connected, alone = ray_hosts.connect(address)
+        connected, alone = connect(address)
         try:
             return cls._reserved(want, wait_s, body, connected=connected, grows=not alone)
         except BaseException:
@@ -97,7 +105,7 @@ class RayCluster:
         except BaseException:
             reservation.release()
             raise
-        logger.info("reserved %s (%s): %s", reservation.choice, reservation.choice.platform, reservation.hosts)
+        logger.info("reserved %s: %s", reservation.choice, ", ".join(map(str, reservation.hosts)))
         return cls(reservation, ids, body, connected=connected, grows=grows)
 
     @property
@@ -115,14 +123,18 @@ class RayCluster:
         if known is not None:
             return known
         self._check_running()
+        found = self._measured({}) or self._measured(new_process())
+        measured = replace(Cluster.from_json(found), name=f"ray-{self.platform}")
+        return ray_hosts.with_network(measured, len(self.hosts))
+
+    def _measured(self, options: dict[str, Any]) -> Any:
         size = self.devices_per_host
         variables = Launch(self._reservation, self._ids, self._body).variables(Part(0, 0, size))
         # The process ends with the task, as it would keep the devices.
         task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(measure)
-        strategy = ray_probes.in_bundle(self._reservation, 0)
-        ref = task.options(scheduling_strategy=strategy).remote(self.platform, size, variables)
-        measured = replace(Cluster.from_json(self.wait([ref])[0]), name=f"ray-{self.platform}")
-        return ray_hosts.with_network(measured, len(self.hosts))
+        strategy = self._reservation.on(0)
+        ref = task.options(scheduling_strategy=strategy, **options).remote(self.platform, size, variables)
+        return self.wait([ref])[0]
 
     def workers(self, first: int, count: int) -> tuple[WorkerHandle, ...]:
         """The workers of `count` devices from number `first` on, in host order; started now if they don't run yet."""
@@ -219,10 +231,10 @@ class RayCluster:
         if self._deaths.within(_GRACE_S):
             return self.poll_failure() or WorkerError("a worker died")
         if cause is None:
-            return WorkerError(f"a worker did not answer: {ray_hosts.first_and_last_line(str(error))}")
+            return WorkerError(f"a worker did not answer: {first_and_last_line(str(error))}")
         notes = [note.removeprefix(NOTE) for note in getattr(cause, "__notes__", ()) if note.startswith(NOTE)]
         where = notes[0] if notes else "a worker"
-        what = ray_hosts.first_and_last_line(str(cause))
+        what = first_and_last_line(str(cause))
         return WorkerError(f"{where}: {type(cause).__name__}: {what}")
 
     def poll_failure(self) -> WorkerError | None:
@@ -256,7 +268,7 @@ class RayCluster:
 
     def survivors(self) -> tuple[Host, ...]:
         """The hosts that Ray sees alive. Ray takes up to half a minute to notice that a node is gone."""
-        alive = {node["NodeID"] for node in ray_hosts.nodes_alive()}
+        alive = {node["NodeID"] for node in nodes_alive()}
         return tuple(host for host in self.hosts if host.node_id in alive)
 
     def restart(self, wait_s: float = 300.0) -> RayCluster:
@@ -284,7 +296,7 @@ class RayCluster:
 
     def _want_again(self) -> Want:
         size = self.devices_per_host
-        everything = ray_hosts.choose(ray_hosts.nodes_alive(), Want(size, 1))
+        everything = ray_hosts.choose(nodes_alive(), Want(size, 1))
         hosts = max(min(everything.there, len(self.hosts)), 1)
         return Want(hosts * size, hosts)
 

@@ -1,5 +1,4 @@
-"""Finds a Ray cluster, chooses hosts in it and reserves their devices. Of our modules, only this and
-`ray_cluster` import Ray."""
+"""Chooses hosts in a Ray cluster and reserves their devices."""
 
 from __future__ import annotations
 
@@ -7,50 +6,36 @@ import ipaddress
 import logging
 import os
 import re
-import socket
+import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from alpa_like.cluster import Cluster, Link
 from alpa_like.errors import ClusterError
-
-try:
-    # The other modules take these from here, so that there is one sentence if they are missing.
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-    from ray.util.placement_group import (
-        PlacementGroup,
-        placement_group,
-        placement_group_table,
-        remove_placement_group,
-    )
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-except ImportError as missing:
-    raise ClusterError(
-        "a Ray cluster needs Ray, which is not installed here: pip install 'alpa-like[ray]'"
-    ) from missing
+from alpa_like.runtime.ray_connection import (
+    PlacementGroup,
+    PlacementGroupSchedulingStrategy,
+    inside_ray,
+    nodes_alive,
+    on_node,
+    placement_group,
+    placement_group_table,
+    ray,
+    remove_placement_group,
+)
 
 __all__ = [
     "Choice",
-    "GetTimeoutError",
     "Host",
-    "NodeAffinitySchedulingStrategy",
-    "PlacementGroupSchedulingStrategy",
-    "RayError",
     "Reservation",
     "Want",
-    "check_address",
     "choose",
-    "connect",
-    "first_and_last_line",
     "fitted",
-    "nodes_alive",
-    "ray",
     "reserve",
     "with_network",
 ]
@@ -58,9 +43,8 @@ __all__ = [
 logger = logging.getLogger("alpa_like")
 
 EMULATED_DEVICES = 8
-_CONNECT_S = 10.0
-_LOG_EVERY_S = 5.0
-_CLIENT_PORT = 10001
+_TRY_S = 5.0
+_WATCH_S = 1.0
 _RESOURCES = (("TPU", "tpu"), ("GPU", "cuda"))
 
 _PRESETS: dict[str, Callable[[int], Cluster]] = {
@@ -128,105 +112,59 @@ class Reservation:
     """The devices of `hosts`, kept for us until `release`; `bundles[i]` is the part of `group` on host i."""
 
     group: PlacementGroup
+    keeper: Any
     choice: Choice
     hosts: tuple[Host, ...]
     bundles: tuple[int, ...]
     accelerator: str
 
+    def on(self, host: int) -> PlacementGroupSchedulingStrategy:
+        """Runs a task or an actor in the reserved part of the host with this number."""
+        return PlacementGroupSchedulingStrategy(self.group, self.bundles[host])
+
     def release(self) -> None:
         remove_placement_group(self.group)
+        if self.keeper is not None:
+            ray.kill(self.keeper)
+
+
+class Keeper:
+    """An actor that reserves for a driver that is a Ray task or actor, and that ends when the driver's process does.
+
+    Ray would keep a group of that process until the whole job has ended, so that a training that was killed could not
+    be started again. The group of a detached actor goes when the actor goes.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._self = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                with suppress(PermissionError):  # it is there, and somebody else's
+                    os.kill(self._pid, 0)
+                time.sleep(_WATCH_S)
+        ray.kill(self._self)
+
+    def reserve(self, bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
+        return placement_group(bundles, strategy=strategy)
+
+
+def _start_keeper() -> Any:
+    """On this host, for this process; None if it is a driver, as those end with their job."""
+    if not inside_ray():
+        return None
+    remote: Any = ray.remote  # its overloads don't know all options
+    here = on_node(ray.get_runtime_context().get_node_id())
+    names = {"name": f"keeper-{uuid.uuid4().hex}", "namespace": "alpa_like"}
+    keeper = remote(num_cpus=0, lifetime="detached", scheduling_strategy=here, **names)(Keeper)
+    return keeper.remote(os.getpid())
 
 
 def _resource(platform: str) -> str:
     return next((resource for resource, name in _RESOURCES if name == platform), "CPU")
-
-
-def first_and_last_line(text: str) -> str:
-    """They mostly say what was done and why it failed."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ... ".join([*lines[:1], *lines[1:][-1:]])
-
-
-def connect(address: str | None) -> tuple[bool, bool]:
-    """Be connected to a Ray cluster, and say whether we made the connection, and whether we started the cluster.
-
-    `address` is `host:port`, "auto" (whatever runs here), "local" (start one here), or None: $RAY_ADDRESS, else what
-    runs here, else a new one. A process that is connected already, such as a Ray task, stays so.
-    """
-    if ray.is_initialized():
-        return False, False
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if address in (None, "auto"):
-        running = _running_here()
-        address = running or address or "local"
-    if address != "local":
-        check_address(address)
-    _ray_init(address)
-    return True, address == "local"
-
-
-def _running_here() -> str | None:
-    """The address that `ray start` left on this machine, if a cluster still answers there."""
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    try:
-        address = (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
-        check_address(address)
-    except (OSError, ClusterError) as error:
-        logger.debug("no running Ray cluster on this machine: %s", error)
-        return None
-    return address
-
-
-def _ray_init(address: str) -> None:
-    forward = os.environ.get("RAY_LOG_TO_DRIVER") == "1"
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=forward, **options)
-    except (ConnectionError, OSError, RuntimeError, ValueError, SystemExit) as error:
-        # Where nothing answers, Ray tries for two minutes and then ends the process by a signal, hence SystemExit.
-        reason = first_and_last_line(str(error)) or "no answer"
-        what = "start Ray on this machine" if address == "local" else f"join the Ray cluster at {address}"
-        raise ClusterError(f"can't {what}: {reason}. `ray status` on its head node says whether it is up") from error
-
-
-def check_address(address: str) -> None:
-    """Raises `ClusterError` within seconds if `address` is not `host:port` of something that may be a Ray head."""
-    if address.startswith("ray://"):
-        raise ClusterError(
-            f"address {address!r} is Ray Client's, which can't run this; start the driver on a machine of the cluster "
-            "(or with `ray job submit`) and give the head's host:port, such as 10.0.0.1:6379"
-        )
-    host, colon, port = address.rpartition(":")
-    if address == "auto" or not (colon and host and port.isdecimal()):
-        raise ClusterError(
-            "no Ray cluster runs on this machine: start one with `ray start --head`, or give its address"
-            if address == "auto"
-            else f"address must be host:port of a Ray head node, such as 10.0.0.1:6379, found {address!r}"
-        )
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as connection:
-            answers = "RAY_USE_TLS" in os.environ or _speaks_http2(connection)
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({error}); `ray start --head` prints the address on the head node"
-        ) from error
-    if not answers or int(port) == _CLIENT_PORT:
-        raise ClusterError(
-            f"what answers at {address} is not the head of a Ray cluster; `ray start --head` prints its address, whose "
-            "port is 6379 unless another was chosen (8265 is the dashboard, 10001 Ray Client)"
-        )
-
-
-def _speaks_http2(connection: socket.socket) -> bool:
-    """Whether the other side sends SETTINGS, as a gRPC server does. `ray.init` would try for minutes to find out."""
-    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-    frame = connection.recv(9)
-    return len(frame) >= 4 and frame[3] == 4
-
-
-def nodes_alive() -> list[dict[str, Any]]:
-    """The records of `ray.nodes()` whose nodes are alive."""
-    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def choose(nodes: Sequence[Mapping[str, Any]], want: Want) -> Choice:
@@ -277,22 +215,36 @@ def reserve(want: Want, wait_s: float, *, grows: bool = True) -> Reservation:
 
     Raises `ClusterError` that says what was expected and found; at once if the cluster can't grow and is too small.
     """
-    deadline, next_log = time.monotonic() + wait_s, time.monotonic() + _LOG_EVERY_S
+    choose(nodes_alive(), want)  # raises what can't be, before anything is started
+    keeper = _start_keeper()
+    try:
+        return _reserve(want, wait_s, keeper, grows=grows)
+    except BaseException:
+        if keeper is not None:
+            ray.kill(keeper)
+        raise
+
+
+def _reserve(want: Want, wait_s: float, keeper: Any, *, grows: bool) -> Reservation:
+    deadline, log_s = time.monotonic() + wait_s, _TRY_S
+    next_log = time.monotonic() + log_s
     while True:
         choice = choose(nodes_alive(), want)
         if choice.hosts <= choice.there:
-            reservation = _try_to_reserve(choice, min(max(deadline - time.monotonic(), 0.1), _LOG_EVERY_S))
+            reservation = _try_to_reserve(choice, keeper, min(max(deadline - time.monotonic(), 0.1), _TRY_S))
             if reservation is not None:
                 return reservation
         state = _state(choice)
-        if time.monotonic() > deadline or (choice.hosts > choice.there and not grows):
+        late = time.monotonic() > deadline
+        if late or (choice.hosts > choice.there and not grows):
             raise ClusterError(
-                f"expected {choice}, but {state} after {wait_s:g} s. Ask for fewer with num_hosts and num_devices, "
-                "stop what else uses the cluster, or start more nodes"
+                f"expected {choice}, but {state}{f' after {wait_s:g} s' if late else ''}. Ask for fewer with num_hosts "
+                "and num_devices, stop what else uses the cluster, or start more nodes"
             )
         if time.monotonic() > next_log:
             logger.warning("waiting for %s: %s", choice, state)
-            next_log = time.monotonic() + _LOG_EVERY_S
+            log_s *= 2
+            next_log = time.monotonic() + log_s
         time.sleep(min(0.2, wait_s))
 
 
@@ -301,15 +253,19 @@ def _state(choice: Choice) -> str:
         return f"{choice.there} of {choice.hosts} are there"
     resource = _resource(choice.platform)
     free, total = (what.get(resource, 0) for what in (ray.available_resources(), ray.cluster_resources()))
-    return f"they are in use: {free:g} of the cluster's {total:g} {resource} are free"
+    state = f"they are in use: {free:g} of the cluster's {total:g} {resource} are free"
+    own = ray.get_runtime_context().get_assigned_resources().get(resource, 0) if inside_ray() else 0
+    return f"{state}, and this Ray task itself holds {own:g}, which it does not need" if own else state
 
 
-def _try_to_reserve(choice: Choice, wait_s: float) -> Reservation | None:
-    strategy = "STRICT_SPREAD" if choice.hosts > 1 else "PACK"
-    group = placement_group([choice.bundle()] * choice.hosts, strategy=strategy)
+def _try_to_reserve(choice: Choice, keeper: Any, wait_s: float) -> Reservation | None:
+    strategy, bundles = "STRICT_SPREAD" if choice.hosts > 1 else "PACK", [choice.bundle()] * choice.hosts
+    group: PlacementGroup = (
+        ray.get(keeper.reserve.remote(bundles, strategy)) if keeper else placement_group(bundles, strategy=strategy)
+    )
     try:
         if group.wait(wait_s):
-            return _reservation(group, choice)
+            return _reservation(group, keeper, choice)
     except BaseException:
         remove_placement_group(group)
         raise
@@ -317,13 +273,13 @@ def _try_to_reserve(choice: Choice, wait_s: float) -> Reservation | None:
     return None
 
 
-def _reservation(group: PlacementGroup, choice: Choice) -> Reservation:
+def _reservation(group: PlacementGroup, keeper: Any, choice: Choice) -> Reservation:
     """Numbers the hosts by TPU slice and worker number, else by address, and not by how Ray placed them."""
     placed: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     nodes = {node["NodeID"]: node for node in ray.nodes()}
     order = sorted(placed, key=lambda bundle: _order(nodes[placed[bundle]]))
     hosts = tuple(_host(nodes[placed[bundle]]) for bundle in order)
-    return Reservation(group, choice, hosts, tuple(order), _accelerator(nodes[hosts[0].node_id]))
+    return Reservation(group, keeper, choice, hosts, tuple(order), _accelerator(nodes[hosts[0].node_id]))
 
 
 def _order(node: Mapping[str, Any]) -> tuple[Any, ...]:

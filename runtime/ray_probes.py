@@ -11,19 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alpa_like.errors import ClusterError
-from alpa_like.runtime.ray_hosts import (
+from alpa_like.runtime.ray_connection import (
     GetTimeoutError,
-    Host,
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
     RayError,
-    Reservation,
     first_and_last_line,
     nodes_alive,
+    on_node,
     ray,
 )
+from alpa_like.runtime.ray_hosts import Host, Reservation
 
-__all__ = ["device_ids", "in_bundle", "log_tail", "wait_for_nodes"]
+__all__ = ["device_ids", "log_tail", "wait_for_nodes"]
 
 _PACKAGE = "alpa_like"
 _INSPECT_S = 120
@@ -32,15 +30,6 @@ _EXIT_S = 10
 _PING_S = 1.0
 
 Versions = dict[str, str]
-
-
-def in_bundle(reservation: Reservation, host: int) -> PlacementGroupSchedulingStrategy:
-    """Runs a task or an actor in the reserved part of the host with this number."""
-    return PlacementGroupSchedulingStrategy(reservation.group, reservation.bundles[host])
-
-
-def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 def inspector() -> Callable[[str], tuple[Versions, dict[str, list[str]]]]:
@@ -85,10 +74,7 @@ def device_ids(reservation: Reservation) -> tuple[tuple[str, ...], ...]:
         resource, count = next(iter(choice.bundle().items()))
         devices = {"num_gpus": count} if resource == "GPU" else {"resources": {resource: count}}
     inspect = ray.remote(num_cpus=0, max_retries=0, **devices)(inspector())
-    refs = [
-        inspect.options(scheduling_strategy=in_bundle(reservation, host)).remote(_PACKAGE)
-        for host in range(choice.hosts)
-    ]
+    refs = [inspect.options(scheduling_strategy=reservation.on(host)).remote(_PACKAGE) for host in range(choice.hosts)]
     found = _answers(refs, reservation.hosts)
     for host, (versions, _) in zip(reservation.hosts, found, strict=True):
         check_versions(host, versions, driver_versions())

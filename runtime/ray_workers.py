@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from typing import Any
 
 from alpa_like.errors import ClusterError
 from alpa_like.runtime.ray_actor import Located, WorkerProcess, WorkerSetup, environment
-from alpa_like.runtime.ray_hosts import GetTimeoutError, Host, RayError, Reservation, first_and_last_line, ray
-from alpa_like.runtime.ray_probes import in_bundle
+from alpa_like.runtime.ray_connection import GetTimeoutError, RayError, first_and_last_line, ray
+from alpa_like.runtime.ray_hosts import Host, Reservation
 
-__all__ = ["Deaths", "Launch", "Part", "Span", "WorkerActor", "WorkerHandle", "kill", "parts_of"]
+__all__ = ["Deaths", "Launch", "Part", "Span", "WorkerActor", "WorkerHandle", "kill", "new_process", "parts_of"]
 
 Span = tuple[int, int]
 """First device and number of devices."""
@@ -143,12 +144,17 @@ class Launch:
 
         Raises `ClusterError` if Ray can't start one.
         """
-        self._place([part for parts in meshes.values() for part in parts])
-        located = iter(zip(self.actors, _located(self.actors), strict=True))
+        everywhere = [part for parts in meshes.values() for part in parts]
+        places = self._place(everywhere, {})
+        used = [i for i, (_, at) in enumerate(places) if at.used]
+        kill([places[i][0] for i in used])
+        for i, place in zip(used, self._place([everywhere[i] for i in used], new_process()), strict=True):
+            places[i] = place
+        located = iter(places)
         for span, parts in meshes.items():
             self._begin(span, parts, [next(located) for _ in parts], deaths)
 
-    def _place(self, parts: Sequence[Part]) -> None:
+    def _place(self, parts: Sequence[Part], options: Mapping[str, Any]) -> list[tuple[Any, Located]]:
         remote: Any = ray.remote  # its overloads don't know all options
         actor = remote(
             num_cpus=0,
@@ -157,9 +163,11 @@ class Launch:
             max_task_retries=0,
             concurrency_groups={"main": 1, "control": 4},
         )(WorkerActor)
+        begin = len(self.actors)
         for part in parts:
-            strategy = in_bundle(self.reservation, part.host)
-            self.actors.append(actor.options(scheduling_strategy=strategy).remote())
+            strategy = self.reservation.on(part.host)
+            self.actors.append(actor.options(scheduling_strategy=strategy, **options).remote())
+        return list(zip(self.actors[begin:], _located(self.actors[begin:]), strict=True))
 
     def _begin(self, span: Span, parts: Sequence[Part], places: Sequence[tuple[Any, Located]], deaths: Deaths) -> None:
         hosts, platform = self.reservation.hosts, self.reservation.choice.platform
@@ -177,6 +185,11 @@ class Launch:
         choice = self.reservation.choice
         visible = self.ids[part.host][part.first : part.first + part.count]
         return environment(choice.platform, part.count, visible, whole_host=part.count == choice.devices_per_host)
+
+
+def new_process() -> dict[str, Any]:
+    """Options for a task or actor whose process has run nothing before, as no other has the same environment."""
+    return {"runtime_env": {"env_vars": {"ALPA_LIKE_PROCESS": uuid.uuid4().hex}}}
 
 
 def _located(actors: Sequence[Any]) -> list[Located]:

@@ -7,8 +7,11 @@ host data is cut here, so that each process gets only what its devices hold.
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alpa_like.cluster import Cluster
-from alpa_like.errors import ProgramError, WorkerError
+from alpa_like.errors import AlpaError, ProgramError, WorkerError
 from alpa_like.placement import AbstractDevices, Given, LoweredPipeline, Returned
 from alpa_like.reshard import Layout, plan_transfer
 from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Route, Run, Send, verify
@@ -36,6 +39,8 @@ Span = tuple[int, int]
 
 _STEPS_AHEAD = 4
 """So many steps may be ordered before the first of them has begun everywhere."""
+_LOOK_BACK_S = 0.25
+_GRACE_S = 2.0
 _PROGRESS_S = 0.5
 _BAR_AFTER_S = 2.0
 
@@ -88,6 +93,7 @@ class Remote:
         self._next_uuid = 1
         self._dead: dict[Span, list[int]] = {}
         self._dropped: deque[tuple[Span, int]] = deque()
+        self._unfinished: list[threading.Event] = []
         self._begun: deque[list[Any]] = deque()
         self._moves: dict[tuple[BufferType, Layout], RemoteProgram] = {}
 
@@ -95,12 +101,13 @@ class Remote:
 
     def bring_up(self, spans: Sequence[Span]) -> None:
         """Start the workers of these devices, if they don't run."""
-        self._check()
+        self.check()
         fresh = [s for s in dict.fromkeys(spans) if s not in self._meshes]
         if not fresh:
             return
         for span, group in zip(fresh, self.workers.bring_up(fresh), strict=True):
-            addresses = tuple(self.result(self.workers.call(group, "address", [()] * len(group))))
+            wide = jax.dtypes.canonicalize_dtype("int64") == np.int64
+            addresses = tuple(self.result(self.workers.call(group, "begin", [(wide,)] * len(group))))
             self._meshes[span] = group
             self._processes[span] = ProcessMap(span[0], span[1] // len(group), addresses)
 
@@ -120,20 +127,38 @@ class Remote:
 
     def each(self, span: Span, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Let the workers of a mesh do something, each with its own arguments."""
-        self._check()
+        self.check()
         return self.workers.call(self._meshes[span], method, args)
 
     def result(self, refs: Sequence[Any]) -> list[Any]:
-        """What calls return. Raises what they raise; where a worker has died, nothing can be asked of any after it."""
+        """What calls return. Raises what they raise, and what went wrong in a step that was ordered before.
+
+        Where a worker has died, or others may wait for one that failed, nothing can be asked of any after it. Ctrl-C
+        ends the session, as workers may be in the midst of what they do together.
+        """
         try:
+            while not self._ready(refs, _LOOK_BACK_S):
+                self._look_back()
             return self.workers.wait(refs)
-        except WorkerError as error:
-            if self.workers.poll_failure() is not None:
-                self._fail(str(error))
+        except AlpaError:
+            self._check_deaths(0.0)
+            self._look_back()
+            raise
+        except KeyboardInterrupt:
+            self._fail("Ctrl-C ended it")
+            self.workers.stop(force=True)
             raise
 
+    def unfinished(self) -> threading.Event:
+        """Something is being done that `stop` is to wait for, until this is set."""
+        self._unfinished = [event for event in self._unfinished if not event.is_set()]
+        self._unfinished.append(threading.Event())
+        return self._unfinished[-1]
+
     def stop(self) -> None:
-        """End all workers."""
+        """End all workers, when the checkpoint is complete that they may be writing."""
+        for event in self._unfinished:
+            event.wait()
         self._fail("the session has ended")
         self.workers.stop()
 
@@ -144,8 +169,13 @@ class Remote:
     def _fail(self, why: str) -> None:
         if self.alive:
             self.alive, self.why = False, why
+            for refs in self._begun:
+                with suppress(AlpaError):
+                    self._ready(refs, 0.0)  # Ray would print all errors that nobody has looked at
+            self._begun.clear()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `WorkerError` if nothing can be asked of the workers any more."""
         if not self.alive:
             raise WorkerError(
                 f"the workers of this session are lost: {self.why}. Call alpa.init again and restore the last "
@@ -173,7 +203,7 @@ class Remote:
         span = kind.layout.devices
         processes, number = self.processes(span), self.ids(1)[0]
         tiles = [host_tiles(value, kind, processes, p) for p in range(len(processes.addresses))]
-        self._later(self.each(span, "put", [(number, t) for t in tiles]))
+        self.ordered(self.each(span, "put", [(number, t) for t in tiles]))
         return RemoteArray(self, kind, self.place(kind.layout), ((span, number),))
 
     def moved(self, array: RemoteArray, layout: Layout) -> RemoteArray:
@@ -199,8 +229,11 @@ class Remote:
     def _fetch(self, span: Span, number: int, array: RemoteArray) -> np.ndarray[Any, Any]:
         group = self._meshes[span]
         whole = array.sharding is not None and not any(array.sharding.layout.spec)
-        asked = group[:1] if whole else group  # the first process has all of it
-        found: list[Shards] = self.result(self.workers.call(asked, "fetch", [(number,)] * len(asked)))
+        asked = 1 if whole else len(group)  # the first process has all of it
+        # The others only wait: where one of them failed, the first may never be done.
+        refs = self.workers.call(group[:asked], "fetch", [(number,)] * asked)
+        refs += self.workers.call(group[asked:], "wait", [(number,)] * (len(group) - asked))
+        found: list[Shards] = self.result(refs)[:asked]
         shards = [s for shards in found for s in shards.shards]
         if len(shards) == 1:
             return shards[0][1]
@@ -218,7 +251,7 @@ class Remote:
         """A copy of an array."""
         stored = tuple((span, self.ids(1)[0]) for span, _ in array.stored)
         for (span, old), (_, new) in zip(array.stored, stored, strict=True):
-            self._later(self.call(span, "copy", old, new))
+            self.ordered(self.call(span, "copy", old, new))
         kind = jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=array.weak_type)
         return RemoteArray(self, kind, array.sharding, stored, array.dim)
 
@@ -245,36 +278,53 @@ class Remote:
         """Free what is dead on meshes that no step frees it on, and programs that nobody can run any more."""
         for span in list(self._dead):
             if dead := self.take_dead(span):
-                self._later(self.call(span, "free", dead))
+                self.ordered(self.call(span, "free", dead))
         while self._dropped:
             span, program = self._dropped.popleft()
-            self._later(self.call(span, "unload", program))
+            self.ordered(self.call(span, "unload", program))
 
     # ------------------------------------------------------------------------------------------------------ orders
 
-    def _later(self, refs: list[Any]) -> None:
-        """Remember what was ordered; wait for the oldest order if there are many."""
-        self._begun.append(refs)
-        while len(self._begun) > _STEPS_AHEAD:
-            self.result(self._begun.popleft())
-
     def ordered(self, refs: list[Any]) -> None:
-        """A step was ordered. Raises what went wrong in an earlier one."""
-        try:
-            self._later(refs)
-        except ProgramError as error:
-            if len(refs) == 1:
-                raise
-            # Others may wait for what this worker would have sent, and can't be told.
-            self._fail(str(error))
-            raise ProgramError(
-                f"{error}. What the workers held is lost: call alpa.init again and restore the last checkpoint"
-            ) from error
+        """Remember what was ordered; wait for the oldest order if there are many. Raises what went wrong in one."""
+        self._begun.append(refs)
+        self.settle(_STEPS_AHEAD)
 
-    def settle(self) -> None:
-        """Wait until everything that was ordered has begun."""
-        while self._begun:
-            self.result(self._begun.popleft())
+    def settle(self, ahead: int = 0) -> None:
+        """Wait until all but the last orders have begun."""
+        while len(self._begun) > ahead:
+            self.result(self._begun[0])
+            self._begun.popleft()
+
+    def _ready(self, refs: Sequence[Any], timeout_s: float) -> bool:
+        try:
+            return self.workers.ready(refs, timeout_s)
+        except TimeoutError:  # large results take longer to come than to be made
+            return False
+
+    def _look_back(self) -> None:
+        """Raise what went wrong in an order. Others may wait for what a worker that failed would have sent."""
+        for refs in list(self._begun):
+            try:
+                self._ready(refs, 0.0)
+            except AlpaError as error:
+                self._begun.remove(refs)
+                if len(refs) == 1:
+                    raise
+                self._check_deaths(_GRACE_S)
+                self._fail(str(error))
+                raise ProgramError(
+                    f"{error}. What the workers held is lost: call alpa.init again and restore the last checkpoint"
+                ) from error
+
+    def _check_deaths(self, grace_s: float) -> None:
+        """Raise `WorkerError` if a worker has died, or is found dead in so many seconds: others may fail before."""
+        deadline = time.monotonic() + grace_s
+        while (death := self.workers.poll_failure()) is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_BACK_S)
+        if death is not None:
+            self._fail(str(death))
+            raise death from None
 
 
 _NOWHERE = Layout((1,), ("x",), (0, 1), ())
@@ -298,6 +348,15 @@ def _cuts(
     return slices, tuple(different.index(t) for t in tiles)
 
 
+def _on_host(value: Any, dtype: Any) -> Any:
+    """A leaf as a NumPy array of this dtype; random keys as a `jax.Array` of this process."""
+    if isinstance(value, RemoteArray):
+        value = value.value()
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return value
+    return np.asarray(value).astype(dtype, copy=False)
+
+
 def host_tiles(value: Any, kind: BufferType, processes: ProcessMap, process: int) -> Tiles:
     """What one process holds of host data."""
     data = np.asarray(jax.random.key_data(value)) if kind.key_impl else np.asarray(value)
@@ -305,7 +364,8 @@ def host_tiles(value: Any, kind: BufferType, processes: ProcessMap, process: int
         data = data.astype(jnp.dtype(kind.dtype))
     count = processes.devices_per_process
     slices, places = _cuts(kind.layout, kind.shape, processes.first + process * count, count)
-    return Tiles(kind, tuple(np.ascontiguousarray(data[s]) for s in slices), places)
+    # Without dims an index gives a scalar, of which `ascontiguousarray` would make an array with one.
+    return Tiles(kind, tuple(np.ascontiguousarray(data[s]) if s else data for s in slices), places)
 
 
 # -------------------------------------------------------------------------------------------------------- programs
@@ -319,6 +379,12 @@ class _Input:
     micro_batch: int
     layout: Layout
 
+    def has(self, value: Any) -> bool:
+        """Whether it is this array, which the workers hold where it is needed."""
+        if not isinstance(value, RemoteArray) or self.micro_batch >= 0:
+            return False
+        return value.sharding is not None and value.sharding.layout == self.layout
+
     def rows(self, value: Any, count: int) -> Any:
         """The part of the argument that it is."""
         if self.micro_batch < 0:
@@ -329,12 +395,24 @@ class _Input:
 
 @dataclass(frozen=True, slots=True)
 class _Mesh:
-    """What the driver knows of a mesh of a program."""
+    """What the driver knows of a mesh of a program. `passed` are arguments that are returned as they are."""
 
     span: Span
     inputs: tuple[_Input, ...]
     donated: frozenset[int]
     returned: tuple[Ref, ...]
+    passed: Mapping[Ref, _Input]
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A flat result: what workers hold of it, as (devices, place among the numbers of a step), or a constant."""
+
+    parts: tuple[tuple[Span, int], ...]
+    constant: Any
+    kind: jax.ShapeDtypeStruct
+    place: RemotePlace | None
+    dim: int
 
 
 class RemoteProgram:
@@ -346,14 +424,28 @@ class RemoteProgram:
         """`arguments` and `results` have the shapes and dtypes of the flat arguments and results."""
         verify(lowered.programs)
         self._remote, self.lowered = remote, lowered
-        self._arguments, self._results = tuple(arguments), tuple(results)
+        self._arguments = tuple(arguments)
         self.number = next(remote._programs)  # pyright: ignore[reportPrivateUsage]
         self.spans = {p.mesh: _span(p, lowered) for p in lowered.programs}
         remote.bring_up(list(self.spans.values()))
         self._count = 1 + max((g.micro_batch for g in lowered.given.values()), default=0)
         offsets, self._uuids = self._offsets()
         self._meshes = [_mesh(p, self.spans[p.mesh], lowered) for p in lowered.programs]
+        self._results = self._flat_results(results)
         self._load(offsets)
+
+    def _flat_results(self, results: Sequence[Any]) -> tuple[_Result, ...]:
+        """All that is known of the results before a step: a state may have thousands of leaves."""
+        made = [(p.mesh, ref) for p, m in zip(self.lowered.programs, self._meshes, strict=True) for ref in m.returned]
+        places = {key: i for i, key in enumerate(made)}
+
+        def result(r: Returned, layout: Layout | None, aval: Any) -> _Result:
+            parts = tuple((self.spans[mesh], places[mesh, ref]) for mesh, ref in r.buffers)
+            kind = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+            place = self._remote.place(layout) if layout is not None else None
+            return _Result(parts, r.constant, kind, place, max(r.dim, 0))
+
+        return tuple(map(result, self.lowered.returned, self.lowered.results, results))
 
     def _offsets(self) -> tuple[dict[tuple[Ref, Route], int], int]:
         """The first number of each buffer that travels, and how many numbers a step takes."""
@@ -398,9 +490,10 @@ class RemoteProgram:
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
         """Start a step on flat arguments: arrays on the workers where they are to lie, or host data. Never waits."""
+        leaves = list(leaves)
         refs, results = self._order("run", leaves)
         self._remote.ordered(refs)
-        return self._outputs(results)
+        return self._outputs(results, leaves)
 
     def __del__(self) -> None:
         spans = list(getattr(self, "spans", {}).values())
@@ -409,21 +502,24 @@ class RemoteProgram:
 
     def trace(self, leaves: Sequence[Any]) -> tuple[list[Any], tuple[Event, ...]]:
         """A step, and when each piece ran, in seconds since the first worker began."""
+        leaves = list(leaves)
         self._remote.settle()
         refs, results = self._order("trace", leaves)
+        self._remote.ordered(refs)
         found: list[tuple[float, tuple[Event, ...]]] = self._remote.result(refs)
         begun_s = min(began for began, _ in found)
         events = _merged([(began - begun_s, events) for began, events in found])
-        return self._outputs(results), events
+        return self._outputs(results, leaves), events
 
-    def _order(self, method: str, leaves: Sequence[Any]) -> tuple[list[Any], dict[tuple[int, Ref], int]]:
+    def _order(self, method: str, leaves: list[Any]) -> tuple[list[Any], list[int]]:
+        """What is to be waited for, and the numbers of all that the meshes return, one mesh after the other."""
         base = self._remote.uuids(self._uuids)
-        results: dict[tuple[int, Ref], int] = {}
+        results: list[int] = []
         refs: list[Any] = []
         orders = [(mesh, self._values(mesh, leaves)) for mesh in self._meshes]
-        for program, (mesh, values) in zip(self.lowered.programs, orders, strict=True):
-            numbers = self._remote.ids(len(mesh.returned))
-            results.update(zip(((program.mesh, ref) for ref in mesh.returned), numbers, strict=True))
+        for mesh, values in orders:
+            numbers = self._numbers(mesh, leaves)
+            results += numbers
             dead = self._remote.take_dead(mesh.span)
             refs += self._remote.each(mesh.span, method, [(self.number, base, v, numbers, dead) for v in values])
         for leaf in (leaves[a] for a in {a for mesh in self._meshes for a in mesh.donated}):
@@ -432,37 +528,43 @@ class RemoteProgram:
         self._remote.sweep()
         return refs, results
 
-    def _values(self, mesh: _Mesh, leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def _numbers(self, mesh: _Mesh, leaves: Sequence[Any]) -> tuple[int, ...]:
+        """The numbers of what a mesh returns: new ones, and those of arguments that come back as they are."""
+        kept = {ref: leaves[need.argument] for ref, need in mesh.passed.items() if need.has(leaves[need.argument])}
+        fresh = iter(self._remote.ids(len(mesh.returned) - len(kept)))
+        return tuple(kept[ref].stored[0][1] if ref in kept else next(fresh) for ref in mesh.returned)
+
+    def _values(self, mesh: _Mesh, leaves: list[Any]) -> list[tuple[Any, ...]]:
         """The given buffers for each process of a mesh."""
         processes = self._remote.processes(mesh.span)
-        columns = [self._column(i, leaves[i.argument], processes) for i in mesh.inputs]
+        columns = [self._column(i, leaves, processes) for i in mesh.inputs]
         return [tuple(c[p] for c in columns) for p in range(len(processes.addresses))]
 
-    def _column(self, need: _Input, value: Any, processes: ProcessMap) -> Sequence[Any]:
-        """One given buffer, for each process."""
-        count = len(processes.addresses)
-        if isinstance(value, RemoteArray):
-            place = value.sharding
-            if need.micro_batch < 0 and place is not None and place.layout == need.layout:
-                return [value.stored[0][1]] * count
-            value = value.value()
-        rows = need.rows(value if hasattr(value, "dtype") else np.asarray(value), self._count)
-        aval = self._arguments[need.argument]
+    def _column(self, need: _Input, leaves: list[Any], processes: ProcessMap) -> Sequence[Any]:
+        """One given buffer, for each process. Puts host data in place of leaves that are not where they are needed."""
+        count, value, aval = len(processes.addresses), leaves[need.argument], self._arguments[need.argument]
+        if need.has(value):
+            return [value.stored[0][1]] * count
+        leaves[need.argument] = value = _on_host(value, aval.dtype)  # once, not for each micro-batch and process
+        rows = need.rows(value, self._count)
         kind = BufferType.of(jax.ShapeDtypeStruct(rows.shape, aval.dtype, weak_type=aval.weak_type), need.layout)
         return [host_tiles(rows, kind, processes, p) for p in range(count)]
 
-    def _outputs(self, numbers: Mapping[tuple[int, Ref], int]) -> list[Any]:
-        lowered = self.lowered
-        flat = zip(lowered.returned, lowered.results, self._results, strict=True)
-        return [self._output(r, layout, aval, numbers) for r, layout, aval in flat]
+    def _outputs(self, numbers: Sequence[int], leaves: Sequence[Any]) -> list[Any]:
+        """The results. What workers hold once has one handle: the second to go would free what the first still has."""
+        known: dict[Any, RemoteArray] = {}
+        if any(mesh.passed for mesh in self._meshes):
+            known = {a.stored: a for a in leaves if isinstance(a, RemoteArray) and not a.is_deleted()}
+        return [self._output(r, numbers, known) for r in self._results]
 
-    def _output(self, r: Returned, layout: Layout | None, aval: Any, numbers: Mapping[tuple[int, Ref], int]) -> Any:
-        if not r.buffers:
+    def _output(self, r: _Result, numbers: Sequence[int], known: dict[Any, RemoteArray]) -> Any:
+        if not r.parts:
             return jnp.asarray(r.constant)
-        stored = tuple((self.spans[mesh], numbers[mesh, ref]) for mesh, ref in r.buffers)
-        place = self._remote.place(layout) if layout is not None else None
-        kind = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-        return RemoteArray(self._remote, kind, place, stored, max(r.dim, 0))
+        stored = tuple([(span, numbers[place]) for span, place in r.parts])
+        found = known.get(stored)
+        if found is None:
+            found = known[stored] = RemoteArray(self._remote, r.kind, r.place, stored, r.dim)
+        return found
 
 
 def _span(program: Program, lowered: LoweredPipeline) -> Span:
@@ -487,8 +589,13 @@ def _mesh(program: Program, span: Span, lowered: LoweredPipeline) -> _Mesh:
     given = [lowered.given[program.mesh, ref] for ref in program.given]
     taken = {i.inputs[n] for i in program.instructions if isinstance(i, Run) for n in i.donated}
     donated = {g.argument for ref, g in zip(program.given, given, strict=True) if ref in taken and g.micro_batch < 0}
-    inputs = tuple(_Input(g.argument, g.micro_batch, g.layout) for g in given if g.argument >= 0)
-    return _Mesh(span, inputs, frozenset(donated), program.returned)
+    inputs = {
+        ref: _Input(g.argument, g.micro_batch, g.layout)
+        for ref, g in zip(program.given, given, strict=True)
+        if g.argument >= 0
+    }
+    passed = {ref: inputs[ref] for ref in program.returned if ref in inputs}
+    return _Mesh(span, tuple(inputs.values()), frozenset(donated), program.returned, passed)
 
 
 def _routes(program: Program) -> list[Route]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,13 @@ __all__ = ["Holder", "RemoteArray", "RemotePlace"]
 
 _SHOWN_ELEMENTS = 1000
 """Arrays up to this size show their values, as NumPy does before it leaves some out."""
+
+
+_OF_VALUES = frozenset(n for n in dir(np.ndarray) if not n.startswith("_") and hasattr(jax.Array, n)) - {
+    "device",
+    "to_device",
+}
+"""What arrays of NumPy and JAX have, such as `x.T` and `x.mean()`: a `jax.Array` of the values is asked for it."""
 
 
 class Holder(Protocol):
@@ -43,6 +50,9 @@ class RemotePlace:
     layout: Layout
     session: int
 
+    # `jnp.zeros_like(x)` and others ask `x.sharding` for it; what they make of a RemoteArray is on this process.
+    _is_concrete: ClassVar[bool] = False
+
     def __str__(self) -> str:
         return f"devices {self.layout.ids.start} to {self.layout.ids.stop - 1}"
 
@@ -51,8 +61,8 @@ class RemoteArray(NDArrayOperatorsMixin):
     """A leaf of the state, or a result such as the loss. It behaves as an array: shape and dtype are known here.
 
     Its values are fetched whenever they are read: by `float(x)`, `np.asarray(x)`, `jnp.asarray(x)`,
-    `jax.device_get(x)`, printing, indexing and arithmetic, which give NumPy arrays. `x.block_until_ready()` waits for
-    it without a copy.
+    `jax.device_get(x)`, printing, methods such as `x.mean()`, and by indexing and arithmetic, which give NumPy arrays.
+    `x.block_until_ready()` waits for it without a copy. JAX's functions take `jnp.asarray(x)`.
 
     `stored` are the arrays that the workers hold, as (device range, number); several are joined along `dim`.
     """
@@ -111,6 +121,11 @@ class RemoteArray(NDArrayOperatorsMixin):
         """What the workers hold, as (device range, number)."""
         return self._stored
 
+    @property
+    def lost(self) -> bool:
+        """Whether the workers that had it are gone."""
+        return not self._holder.alive
+
     def is_deleted(self) -> bool:
         """Whether a step has taken it, or its workers are gone."""
         return self._gone or not self._holder.alive
@@ -160,6 +175,11 @@ class RemoteArray(NDArrayOperatorsMixin):
         values = [x.value() if isinstance(x, RemoteArray) else x for x in inputs]
         return getattr(ufunc, method)(*values, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_VALUES:
+            return getattr(jnp.asarray(self.value()), name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
+
     def item(self) -> Any:
         """The only element, as a Python number."""
         return np.asarray(self).item()
@@ -174,6 +194,12 @@ class RemoteArray(NDArrayOperatorsMixin):
 
     def __getitem__(self, index: Any) -> Any:
         return self.value()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value())  # one round trip, not one per element
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.asarray, (np.asarray(self),)  # what is pickled, or copied deeply, are the values
 
     def __len__(self) -> int:
         if not self.shape:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import tree_leaves, tree_unflatten
 
 from alpa_like.chunked import ChunkedArray, Parts, bounds
+from alpa_like.errors import PlanError
 from alpa_like.placement import LoweredPipeline
 from alpa_like.plan import Plan
 from alpa_like.runtime.interpreter import Event
@@ -39,6 +40,18 @@ class RemoteExecutable(PipelineExecutable):
         # Host data travels with the step.
         self._wanted = tuple(None if i in trace.batch else place for i, place in enumerate(self._wanted))
 
+    def check(self, args: tuple[Any, ...]) -> None:
+        """As for any executable; `WorkerError` where the workers have ended."""
+        self._remote.check()
+        super().check(args)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        raise PlanError(
+            "the devices are those of other processes, so there is no jax.sharding.Mesh of them here; see "
+            "input_shardings for where each argument lives, and plan.mesh_shape"
+        )
+
     def moved(self, value: Any, wanted: Any) -> Any:
         """A leaf where the step wants it: from worker to worker, or from here."""
         if not isinstance(wanted, Parts):
@@ -50,7 +63,8 @@ class RemoteExecutable(PipelineExecutable):
     def _moved(self, value: Any, wanted: RemotePlace) -> RemoteArray:
         if isinstance(value, RemoteArray) and value.sharding is not None and value.sharding.session == wanted.session:
             return self._remote.moved(value, wanted.layout)
-        value = np.asarray(value) if isinstance(value, RemoteArray | ChunkedArray) else value
+        if isinstance(value, RemoteArray | ChunkedArray):
+            value = value.value() if isinstance(value, RemoteArray) else np.asarray(value)
         return self._remote.put(value, BufferType.of(_narrow(value), wanted.layout))
 
     def run(self, *args: Any) -> Any:

@@ -41,11 +41,16 @@ class RemoteStore:
             numbers = {name: array.stored[0][1] for name, array in part.arrays.items()}
             begun.append((span, self._remote.call(span, "save", path, numbers)))
 
+        done = self._remote.unfinished()
+
         def wait() -> None:
-            workers.wait([ref for _, refs in begun for ref in refs])
-            # Beside the steps, which go on.
-            workers.wait([ref for span, _ in begun for ref in workers.ask(self._remote.group(span), "saved")])
-            writer.wait()
+            try:
+                workers.wait([ref for _, refs in begun for ref in refs])
+                # Beside the steps, which go on.
+                workers.wait([ref for span, _ in begun for ref in workers.ask(self._remote.group(span), "saved")])
+                writer.wait()
+            finally:
+                done.set()
 
         return wait
 

@@ -114,7 +114,7 @@ def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Ses
     if num_devices is not None and (type(num_devices) is not int or num_devices < 1):
         raise ClusterError(f"num_devices must be a whole number of at least 1, found {num_devices!r}")
     if cluster is not None and type(cluster) is not Cluster:
-        raise ClusterError(f"cluster must be an alpa_like.Cluster or None, found {cluster!r}")
+        raise ClusterError(f'cluster must be an alpa_like.Cluster, "ray" or None, found {cluster!r}')
     if cluster is not None and num_devices not in (None, cluster.num_devices):
         raise ClusterError(
             f"num_devices is {num_devices}, but cluster {cluster.name} has {cluster.num_devices} devices"

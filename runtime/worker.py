@@ -88,8 +88,9 @@ class Worker:
         self._writer = PartWriter()
         self._compiled = 0
 
-    def address(self) -> str:
-        """Where other workers reach this one."""
+    def begin(self, wide: bool) -> str:
+        """Take JAX's 64-bit mode from the driver; returns where other workers reach this one."""
+        jax.config.update("jax_enable_x64", wide)
         return self._server.address
 
     def compiled(self) -> int:
@@ -121,10 +122,8 @@ class Worker:
         loaded = self._programs[number]
         try:
             returned = loaded.interpreter(self._given(loaded, base, values))
-        except (ProgramError, jax.errors.JaxRuntimeError) as error:
-            text = str(error) if isinstance(error, ProgramError) else f"a step failed: {_first_line(error)}"
-            self._failures.update(dict.fromkeys(results, text))
-            raise ProgramError(text) from error
+        except Exception as error:  # whatever it was, the results are known to be missing
+            raise self._failed(error, results) from error
         self._arrays.update(zip(results, returned, strict=True))
 
     def trace(
@@ -133,11 +132,21 @@ class Worker:
         """As `run`; returns when the step began, in seconds since the epoch, and when each piece ran since then."""
         self.free(dead)
         loaded = self._programs[number]
-        given = self._given(loaded, base, values)
-        began_s = time.time()
-        returned, events = loaded.interpreter.trace(given)
+        try:
+            given = self._given(loaded, base, values)
+            began_s = time.time()
+            returned, events = loaded.interpreter.trace(given)
+        except Exception as error:  # as in `run`
+            raise self._failed(error, results) from error
         self._arrays.update(zip(results, returned, strict=True))
         return began_s, events
+
+    def _failed(self, error: Exception, results: Sequence[int]) -> ProgramError:
+        """What to raise for it; whoever asks for the results is told the same."""
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        text = str(error) if isinstance(error, ProgramError) else f"a step failed: {line}"
+        self._failures.update(dict.fromkeys(results, text))
+        return ProgramError(text)
 
     def _given(self, loaded: _Loaded, base: int, values: Sequence[int | Tiles]) -> Iterator[Any]:
         loaded.base = base
@@ -173,11 +182,10 @@ class Worker:
 
     def fetch(self, number: int) -> Shards:
         """What this process has of an array, once it is computed."""
-        array = self._array(number)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = jax.random.key_data(array)
-        mine = [s for s in array.addressable_shards if s.replica_id == 0]
-        return Shards(array.shape, tuple((s.index, np.asarray(s.data)) for s in mine))
+        array = jax.block_until_ready(self._array(number))  # raises where one device failed and others wait for it
+        mine = [(s.index, _plain(s.data)) for s in array.addressable_shards if s.replica_id == 0]
+        inner = next((tile.shape[array.ndim :] for _, tile in mine), ())
+        return Shards((*array.shape, *inner), tuple(mine))
 
     def wait(self, number: int) -> None:
         """Return when an array is computed."""
@@ -222,8 +230,9 @@ class Worker:
         return {name: piece.memory_analysis().temp_size_in_bytes for name, piece in pieces.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _plain(tile: jax.Array) -> np.ndarray[Any, Any]:
+    """What a device has of an array; of random keys their data. Each tile by itself, as other processes do not join."""
+    return np.asarray(jax.random.key_data(tile) if jnp.issubdtype(tile.dtype, jax.dtypes.prng_key) else tile)
 
 
 def _use_compilation_cache() -> None:

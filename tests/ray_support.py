@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +26,22 @@ class LocalRay:
     nodes: dict[str, Any]
     cluster: Any
 
-    def add(self, name: str, cpus: int) -> None:
-        self.nodes[name] = self.cluster.add_node(num_cpus=cpus, node_name=name, object_store_memory=_STORE_BYTES)
+    def add(self, name: str, cpus: int, gpus: int = 0) -> None:
+        has = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": _STORE_BYTES}
+        with forks_allowed():
+            self.nodes[name] = self.cluster.add_node(node_name=name, **has)
 
     def crash(self, name: str) -> None:
         """What the end of a machine looks like to the others: nothing says goodbye."""
         self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
+
+
+@contextmanager
+def forks_allowed() -> Generator[None]:
+    """JAX warns of forks once it has started, but what Ray forks turns into another program at once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        yield
 
 
 def ray_environment(folder: str) -> dict[str, str]:
@@ -68,7 +79,8 @@ def _started(nodes: int, cpus: int) -> LocalRay:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": cpus, "node_name": "n0", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with forks_allowed():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     local = LocalRay(cluster.address, {"n0": cluster.head_node}, cluster)
     try:
         for i in range(1, nodes):

@@ -22,6 +22,7 @@ from alpa_like.errors import ClusterError, PlanError, WorkerError
 from alpa_like.runtime import ray_hosts, ray_probes
 from alpa_like.runtime.ray_actor import environment
 from alpa_like.runtime.ray_cluster import RayCluster
+from alpa_like.runtime.ray_connection import check_address
 from alpa_like.runtime.ray_hosts import Choice, Want, choose
 from alpa_like.runtime.ray_workers import Part, parts_of
 
@@ -195,13 +196,14 @@ def test_ray_is_missing():
         ("ray://10.0.0.1:10001", "Ray Client's"),
         ("10.0.0.1", "must be host:port"),
         ("10.0.0.1:many", "must be host:port"),
+        ("http://10.0.0.1:8265", "must be host:port"),
         ("127.0.0.1:1", r"no Ray cluster answers at 127.0.0.1:1 \(.*refused\)"),
         ("no-such-host.invalid:6379", "no Ray cluster answers at no-such-host.invalid:6379"),
     ],
 )
 def test_a_wrong_address_is_one_sentence(address: str, message: str):
     with pytest.raises(ClusterError, match=message):
-        ray_hosts.check_address(address)
+        check_address(address)
 
 
 def test_the_address_of_another_server():
@@ -216,7 +218,7 @@ def test_the_address_of_another_server():
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(ClusterError, match="is not the head of a Ray cluster"):
-            ray_hosts.check_address(f"127.0.0.1:{server.getsockname()[1]}")
+            check_address(f"127.0.0.1:{server.getsockname()[1]}")
         thread.join()
 
 
