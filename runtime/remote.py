@@ -10,10 +10,9 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -23,19 +22,29 @@ from tqdm import tqdm
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, ProgramError, WorkerError
-from alpa_like.placement import AbstractDevices, Given, LoweredPipeline, Returned
-from alpa_like.reshard import Layout, plan_transfer
-from alpa_like.runtime.instructions import Free, Program, Recv, Ref, Route, Run, Send, verify
+from alpa_like.placement import AbstractDevices, LoweredPipeline, Returned
+from alpa_like.reshard import Layout
+from alpa_like.runtime.instructions import Ref, Route, Send, verify
 from alpa_like.runtime.interpreter import Event
 from alpa_like.runtime.remote_arrays import RemoteArray, RemotePlace, joined
+from alpa_like.runtime.remote_programs import (
+    Input,
+    MeshPart,
+    Span,
+    host_tiles,
+    merged,
+    mesh_part,
+    mesh_program,
+    moving,
+    on_host,
+    routes_of,
+    span_of,
+)
 from alpa_like.runtime.remote_transport import ProcessMap, uuids_needed
-from alpa_like.runtime.staged import BufferType, Staged, stage_function
-from alpa_like.runtime.worker import MeshProgram, Partner, Shards, Tiles
+from alpa_like.runtime.staged import BufferType
+from alpa_like.runtime.worker import Partner, Shards
 
-__all__ = ["Remote", "RemoteProgram", "Span", "Workers", "making"]
-
-Span = tuple[int, int]
-"""Devices as (first, count)."""
+__all__ = ["Remote", "RemoteProgram", "Span", "Workers"]
 
 _STEPS_AHEAD = 4
 """So many steps may be ordered before the first of them has begun everywhere."""
@@ -330,80 +339,6 @@ class Remote:
 _NOWHERE = Layout((1,), ("x",), (0, 1), ())
 
 
-# -------------------------------------------------------------------------------------------------------- host data
-
-
-@lru_cache(maxsize=4096)
-def _cuts(
-    layout: Layout, shape: tuple[int, ...], first: int, count: int
-) -> tuple[tuple[tuple[slice, ...], ...], tuple[int, ...]]:
-    """The different tiles of devices first to first + count - 1, and which of them each device holds."""
-    tiles = layout.tiles()[first - layout.devices[0] : first - layout.devices[0] + count]
-    different = list(dict.fromkeys(tiles))
-    size = layout.tile_shape(shape)
-    cells = [np.unravel_index(t, layout.parts) if layout.parts else () for t in different]
-    slices = tuple(
-        tuple(slice(int(c) * n, (int(c) + 1) * n) for c, n in zip(cell, size, strict=True)) for cell in cells
-    )
-    return slices, tuple(different.index(t) for t in tiles)
-
-
-def _on_host(value: Any, dtype: Any) -> Any:
-    """A leaf as a NumPy array of this dtype; random keys as a `jax.Array` of this process."""
-    if isinstance(value, RemoteArray):
-        value = value.value()
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return value
-    return np.asarray(value).astype(dtype, copy=False)
-
-
-def host_tiles(value: Any, kind: BufferType, processes: ProcessMap, process: int) -> Tiles:
-    """What one process holds of host data."""
-    data = np.asarray(jax.random.key_data(value)) if kind.key_impl else np.asarray(value)
-    if not kind.key_impl and data.dtype != kind.dtype:
-        data = data.astype(jnp.dtype(kind.dtype))
-    count = processes.devices_per_process
-    slices, places = _cuts(kind.layout, kind.shape, processes.first + process * count, count)
-    # Without dims an index gives a scalar, of which `ascontiguousarray` would make an array with one.
-    return Tiles(kind, tuple(np.ascontiguousarray(data[s]) if s else data for s in slices), places)
-
-
-# -------------------------------------------------------------------------------------------------------- programs
-
-
-@dataclass(frozen=True, slots=True)
-class _Input:
-    """One given buffer of a mesh: a flat argument, or rows of it for a micro-batch."""
-
-    argument: int
-    micro_batch: int
-    layout: Layout
-
-    def has(self, value: Any) -> bool:
-        """Whether it is this array, which the workers hold where it is needed."""
-        if not isinstance(value, RemoteArray) or self.micro_batch >= 0:
-            return False
-        return value.sharding is not None and value.sharding.layout == self.layout
-
-    def rows(self, value: Any, count: int) -> Any:
-        """The part of the argument that it is."""
-        if self.micro_batch < 0:
-            return value
-        size = value.shape[0] // count
-        return value[self.micro_batch * size : (self.micro_batch + 1) * size]
-
-
-@dataclass(frozen=True, slots=True)
-class _Mesh:
-    """What the driver knows of a mesh of a program. `passed` are arguments that are returned as they are."""
-
-    span: Span
-    inputs: tuple[_Input, ...]
-    donated: frozenset[int]
-    returned: tuple[Ref, ...]
-    passed: Mapping[Ref, _Input]
-
-
 @dataclass(frozen=True, slots=True)
 class _Result:
     """A flat result: what workers hold of it, as (devices, place among the numbers of a step), or a constant."""
@@ -426,11 +361,11 @@ class RemoteProgram:
         self._remote, self.lowered = remote, lowered
         self._arguments = tuple(arguments)
         self.number = next(remote._programs)  # pyright: ignore[reportPrivateUsage]
-        self.spans = {p.mesh: _span(p, lowered) for p in lowered.programs}
+        self.spans = {p.mesh: span_of(p, lowered) for p in lowered.programs}
         remote.bring_up(list(self.spans.values()))
         self._count = 1 + max((g.micro_batch for g in lowered.given.values()), default=0)
         offsets, self._uuids = self._offsets()
-        self._meshes = [_mesh(p, self.spans[p.mesh], lowered) for p in lowered.programs]
+        self._meshes = [mesh_part(p, self.spans[p.mesh], lowered) for p in lowered.programs]
         self._results = self._flat_results(results)
         self._load(offsets)
 
@@ -462,7 +397,7 @@ class RemoteProgram:
     def _load(self, offsets: Mapping[tuple[Ref, Route], int]) -> None:
         refs: list[Any] = []
         for program in self.lowered.programs:
-            partners = {r: self._partner(r, program.mesh, offsets) for r in _routes(program)}
+            partners = {r: self._partner(r, program.mesh, offsets) for r in routes_of(program)}
             mesh = mesh_program(program, self.lowered, partners)
             refs += self._remote.call(self.spans[program.mesh], "load", self.number, mesh)
         self._watch(refs)
@@ -508,7 +443,7 @@ class RemoteProgram:
         self._remote.ordered(refs)
         found: list[tuple[float, tuple[Event, ...]]] = self._remote.result(refs)
         begun_s = min(began for began, _ in found)
-        events = _merged([(began - begun_s, events) for began, events in found])
+        events = merged([(began - begun_s, events) for began, events in found])
         return self._outputs(results, leaves), events
 
     def _order(self, method: str, leaves: list[Any]) -> tuple[list[Any], list[int]]:
@@ -528,24 +463,24 @@ class RemoteProgram:
         self._remote.sweep()
         return refs, results
 
-    def _numbers(self, mesh: _Mesh, leaves: Sequence[Any]) -> tuple[int, ...]:
+    def _numbers(self, mesh: MeshPart, leaves: Sequence[Any]) -> tuple[int, ...]:
         """The numbers of what a mesh returns: new ones, and those of arguments that come back as they are."""
         kept = {ref: leaves[need.argument] for ref, need in mesh.passed.items() if need.has(leaves[need.argument])}
         fresh = iter(self._remote.ids(len(mesh.returned) - len(kept)))
         return tuple(kept[ref].stored[0][1] if ref in kept else next(fresh) for ref in mesh.returned)
 
-    def _values(self, mesh: _Mesh, leaves: list[Any]) -> list[tuple[Any, ...]]:
+    def _values(self, mesh: MeshPart, leaves: list[Any]) -> list[tuple[Any, ...]]:
         """The given buffers for each process of a mesh."""
         processes = self._remote.processes(mesh.span)
         columns = [self._column(i, leaves, processes) for i in mesh.inputs]
         return [tuple(c[p] for c in columns) for p in range(len(processes.addresses))]
 
-    def _column(self, need: _Input, leaves: list[Any], processes: ProcessMap) -> Sequence[Any]:
+    def _column(self, need: Input, leaves: list[Any], processes: ProcessMap) -> Sequence[Any]:
         """One given buffer, for each process. Puts host data in place of leaves that are not where they are needed."""
         count, value, aval = len(processes.addresses), leaves[need.argument], self._arguments[need.argument]
         if need.has(value):
             return [value.stored[0][1]] * count
-        leaves[need.argument] = value = _on_host(value, aval.dtype)  # once, not for each micro-batch and process
+        leaves[need.argument] = value = on_host(value, aval.dtype)  # once, not for each micro-batch and process
         rows = need.rows(value, self._count)
         kind = BufferType.of(jax.ShapeDtypeStruct(rows.shape, aval.dtype, weak_type=aval.weak_type), need.layout)
         return [host_tiles(rows, kind, processes, p) for p in range(count)]
@@ -565,127 +500,3 @@ class RemoteProgram:
         if found is None:
             found = known[stored] = RemoteArray(self._remote, r.kind, r.place, stored, r.dim)
         return found
-
-
-def _span(program: Program, lowered: LoweredPipeline) -> Span:
-    """The devices of a mesh."""
-    for ref in program.given:
-        return lowered.given[program.mesh, ref].layout.devices
-    for i in program.instructions:
-        match i:
-            case Run(piece) if len(lowered.pieces[piece].ids):
-                ids: range = lowered.pieces[piece].ids
-                return ids.start, len(ids)
-            case Send(_, _, route):
-                return lowered.transfers[route][0].source.devices
-            case Recv(_, _, route):
-                return lowered.transfers[route][0].target.devices
-            case _:
-                pass
-    raise ProgramError(f"mesh {program.mesh} does nothing; leave it out of the plan")
-
-
-def _mesh(program: Program, span: Span, lowered: LoweredPipeline) -> _Mesh:
-    given = [lowered.given[program.mesh, ref] for ref in program.given]
-    taken = {i.inputs[n] for i in program.instructions if isinstance(i, Run) for n in i.donated}
-    donated = {g.argument for ref, g in zip(program.given, given, strict=True) if ref in taken and g.micro_batch < 0}
-    inputs = {
-        ref: _Input(g.argument, g.micro_batch, g.layout)
-        for ref, g in zip(program.given, given, strict=True)
-        if g.argument >= 0
-    }
-    passed = {ref: inputs[ref] for ref in program.returned if ref in inputs}
-    return _Mesh(span, tuple(inputs.values()), frozenset(donated), program.returned, passed)
-
-
-def _routes(program: Program) -> list[Route]:
-    """The routes that a mesh sends or receives by."""
-    return list(dict.fromkeys(i.transfer for i in program.instructions if isinstance(i, Send | Recv)))
-
-
-def mesh_program(program: Program, lowered: LoweredPipeline, partners: Mapping[Route, Partner]) -> MeshProgram:
-    """What the workers of a mesh get to know."""
-    ran = dict.fromkeys(i.piece for i in program.instructions if isinstance(i, Run))
-    pieces: dict[str, Staged] = {name: lowered.pieces[name] for name in ran}
-    given = [lowered.given[program.mesh, ref] for ref in program.given]
-    numbers = {place: (g.micro_batch, g.layout) for place, g in enumerate(given) if g.argument < 0}
-    return MeshProgram(program, pieces, partners, numbers, lowered.names)
-
-
-def _merged(parts: Sequence[tuple[float, tuple[Event, ...]]]) -> tuple[Event, ...]:
-    """The events of all workers by one clock. Processes of a mesh do the same: the longest of each event is kept."""
-    found: dict[tuple[int, str], Event] = {}
-    for offset_s, events in parts:
-        for e in events:
-            moved = replace(e, start_s=e.start_s + offset_s, end_s=e.end_s + offset_s)
-            known = found.get((e.mesh, e.label), moved)
-            start_s, end_s = min(known.start_s, moved.start_s), max(known.end_s, moved.end_s)
-            found[e.mesh, e.label] = replace(moved, start_s=start_s, end_s=end_s)
-    return tuple(sorted(found.values(), key=lambda e: e.start_s))
-
-
-# -------------------------------------------------------------------------------------------------- small programs
-
-
-def moving(kind: BufferType, layout: Layout, devices: AbstractDevices) -> LoweredPipeline:
-    """A program that brings an array to another layout."""
-    source, ref = kind.layout, Ref(0)
-    given = {(0, ref): Given(0, -1, source)}
-    if source.devices == layout.devices:
-        moved = Ref(1)
-        piece = stage_function("reshard", lambda x: (jnp.copy(x),), [kind.struct], [source], [layout], devices)
-        run = Run("reshard", (ref,), (moved,), "reshard")
-        programs = (Program(0, (ref,), (run, Free((ref,))), (moved,)),)
-        return LoweredPipeline(
-            programs, {"reshard": piece}, {}, given, (Returned(((0, moved),)),), (source,), (layout,), {}
-        )
-    route = Route(0, 0, 1)
-    sending = Program(0, (ref,), (Send(ref, 1, route), Free((ref,))), ())
-    receiving = Program(1, (), (Recv(ref, 0, route),), (ref,))
-    size = 1 if kind.key_impl else jnp.dtype(kind.dtype).itemsize
-    transfer = plan_transfer(kind.shape, size, source, layout)
-    return LoweredPipeline(
-        (sending, receiving),
-        {},
-        {route: (transfer, kind.struct.dtype)},
-        given,
-        (Returned(((1, ref),)),),
-        (source,),
-        (layout,),
-        {},
-    )
-
-
-def making(
-    name: str,
-    fun: Callable[..., Sequence[Any]],
-    types: Sequence[Any],
-    wanted: Sequence[Layout],
-    devices: AbstractDevices,
-) -> LoweredPipeline:
-    """A program that makes arrays in their layouts of host data: each mesh computes those that live there."""
-    spans = list(dict.fromkeys(layout.devices for layout in wanted))
-    arguments, results = range(len(types)), range(len(types), len(types) + len(wanted))
-    programs: list[Program] = []
-    pieces: dict[str, Staged] = {}
-    given: dict[tuple[int, Ref], Given] = {}
-    homes = {n: spans.index(layout.devices) for n, layout in zip(results, wanted, strict=True)}
-    for mesh, span in enumerate(spans):
-        mine = [n - len(types) for n in results if homes[n] == mesh]
-        whole = [Layout((span[1],), ("x",), span, ((),) * len(t.shape)) for t in types]
-
-        def part(*values: Any, mine: Sequence[int] = mine) -> list[Any]:
-            made = fun(*values)
-            return [made[n] for n in mine]
-
-        pieces[f"{name} {mesh}"] = stage_function(
-            f"{name} {mesh}", part, types, whole, [wanted[n] for n in mine], devices
-        )
-        # Every buffer has one maker: each mesh has its own numbers for the same arguments.
-        inputs = tuple(Ref(len(types) + len(wanted) + mesh * len(types) + a) for a in arguments)
-        outputs = tuple(Ref(len(types) + n) for n in mine)
-        run = Run(f"{name} {mesh}", inputs, outputs, name)
-        programs.append(Program(mesh, inputs, (run, Free(inputs)) if inputs else (run,), outputs))
-        given.update(((mesh, ref), Given(a, -1, whole[a])) for a, ref in enumerate(inputs))
-    returned = tuple(Returned(((homes[n], Ref(n)),)) for n in results)
-    return LoweredPipeline(tuple(programs), pieces, {}, given, returned, (None,) * len(types), tuple(wanted), {})

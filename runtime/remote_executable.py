@@ -17,8 +17,9 @@ from alpa_like.placement import LoweredPipeline
 from alpa_like.plan import Plan
 from alpa_like.runtime.interpreter import Event
 from alpa_like.runtime.pipeline import Cutting, PipelineExecutable
-from alpa_like.runtime.remote import Remote, RemoteProgram, making
+from alpa_like.runtime.remote import Remote, RemoteProgram
 from alpa_like.runtime.remote_arrays import RemoteArray, RemotePlace
+from alpa_like.runtime.remote_programs import making
 from alpa_like.runtime.staged import BufferType
 from alpa_like.tracer import Trace
 
