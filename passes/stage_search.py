@@ -236,7 +236,7 @@ def _counts(
     most = math.inf if max_stages is None else max_stages
     counts = tuple(n for n in possible if n <= most and num_stages in (None, n))
     if not counts:
-        asked = max_stages if num_stages is None else num_stages
+        asked = f"max_stages={max_stages}" if num_stages is None else f"num_stages={num_stages}"
         raise MethodError(
             f"{_counted(num_layers, 'layer')} on {_counted(cluster.hosts, 'host')} of "
             f"{_counted(cluster.devices_per_host, 'device')} can form {', '.join(map(str, possible))} stages with "

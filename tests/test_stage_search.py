@@ -335,8 +335,8 @@ def test_the_error_names_a_layer_that_nothing_can_run() -> None:
         ({"memory_bytes": 0.0}, "memory_bytes must be above 0"),
         ({"gap": -0.1}, "gap at least 0"),
         ({"num_stages": 5}, "4 layers on 1 host of 7 devices can form 1, 3, 4 stages with submeshes of 1, 2, 4, … "),
-        ({"num_stages": 2}, "not 2; ask for one of these, or give other submeshes with ManualStageOption"),
-        ({"max_stages": 0}, "not 0; ask for one of these"),
+        ({"num_stages": 2}, "not num_stages=2; ask for one of these, or give other submeshes with ManualStageOption"),
+        ({"max_stages": 0}, "not max_stages=0; ask for one of these"),
         ({"in_flight": lambda stages, micro: -1}, "in_flight must return 0 or more"),  # pyright: ignore
     ],
 )
