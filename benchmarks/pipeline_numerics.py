@@ -1,6 +1,6 @@
 """Does a pipelined step return the numbers of `jax.jit`? Models, stages, schedules, micro-batches, rematerialization.
 
-    python -m benchmarks.pipeline_numerics                              # about 100 cases
+    python -m benchmarks.pipeline_numerics                              # 92 cases
     python -m benchmarks.pipeline_numerics --quick                      # the first 12 of them
     python -m benchmarks.pipeline_numerics --case gpt,1+1+2+4,zb-h2,5,layer,slow
     python -m benchmarks.pipeline_numerics --part 1/4                   # every fourth case
