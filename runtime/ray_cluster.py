@@ -157,9 +157,12 @@ class RayCluster:
         try:
             launch.run(fresh, self._deaths)
             self.wait(launch.begun, _BEGIN_S)
-        except BaseException:
+        except BaseException as error:
             self._deaths.forget(launch.workers)
             kill(launch.actors)
+            if isinstance(error, WorkerError) and isinstance(error.__cause__, RayError):
+                # It died before anybody watched it.
+                self._failure = self._failure or str(error)
             raise
         for span in fresh:
             self._meshes[span] = tuple(worker for worker in launch.workers if (worker.first, worker.count) == span)
@@ -239,9 +242,9 @@ class RayCluster:
 
     def poll_failure(self) -> WorkerError | None:
         """The first death of a worker, with its last log lines; None, at once, if all are alive."""
-        if not self._deaths.heard:
-            return None
         if not self._failure:
+            if not self._deaths.heard:
+                return None
             worker, reason = self._deaths.heard[0]
             lines = "".join(f"\n  | {line}" for line in ray_probes.log_tail(worker.host, worker.log))
             role = self.roles.get((worker.first, worker.count), "")
@@ -286,13 +289,21 @@ class RayCluster:
         self._stop("by restart", force=False)
         try:
             ray_probes.wait_for_nodes(nodes, wait_s)
-            want = self._want_again()
-            left = max(deadline - time.monotonic(), 1.0)
-            return self._reserved(want, left, self._body, connected=connected, grows=self._grows)
+            return self._reserved_again(deadline, connected)
         except BaseException:
             if connected:
                 ray.shutdown()
             raise
+
+    def _reserved_again(self, deadline: float, connected: bool) -> RayCluster:
+        while True:
+            left = max(deadline - time.monotonic(), 1.0)
+            try:
+                return self._reserved(self._want_again(), left, self._body, connected=connected, grows=self._grows)
+            except WorkerError as error:  # one more host has died
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("%s; reserving again", error)
 
     def _want_again(self) -> Want:
         size = self.devices_per_host

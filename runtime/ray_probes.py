@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alpa_like.errors import ClusterError
+from alpa_like.errors import ClusterError, WorkerError
 from alpa_like.runtime.ray_connection import (
     GetTimeoutError,
     RayError,
@@ -84,12 +84,15 @@ def device_ids(reservation: Reservation) -> tuple[tuple[str, ...], ...]:
 def _answers(refs: Sequence[Any], hosts: Sequence[Host]) -> list[Any]:
     deadline, answers = time.monotonic() + _INSPECT_S, []
     for ref, host in zip(refs, hosts, strict=True):
+        while not ray.wait([ref], timeout=_PING_S)[0]:
+            if host.node_id not in {node["NodeID"] for node in nodes_alive()}:
+                raise WorkerError(f"host {host} died as it was reserved")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"host {host} started no process in {_INSPECT_S} s; see Ray's logs there")
         try:
-            answers.append(ray.get(ref, timeout=max(deadline - time.monotonic(), 0)))
-        except GetTimeoutError as error:
-            raise ClusterError(f"host {host} started no process in {_INSPECT_S} s; see Ray's logs there") from error
+            answers.append(ray.get(ref))
         except RayError as error:
-            raise ClusterError(f"host {host} can't run a task: {first_and_last_line(str(error))}") from error
+            raise WorkerError(f"host {host} can't run a task: {first_and_last_line(str(error))}") from error
     return answers
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from alpa_like.errors import ClusterError
+from alpa_like.errors import ClusterError, WorkerError
 from alpa_like.runtime.ray_actor import Located, WorkerProcess, WorkerSetup, environment
 from alpa_like.runtime.ray_connection import GetTimeoutError, RayError, first_and_last_line, ray
 from alpa_like.runtime.ray_hosts import Host, Reservation
@@ -198,7 +198,7 @@ def _located(actors: Sequence[Any]) -> list[Located]:
     except GetTimeoutError as error:
         raise ClusterError(f"{len(actors)} worker processes did not start within {_LOCATE_S:g} s") from error
     except RayError as error:
-        raise ClusterError(f"a worker process could not be started: {first_and_last_line(str(error))}") from error
+        raise WorkerError(f"a worker process died as it started: {first_and_last_line(str(error))}") from error
 
 
 def kill(actors: Sequence[Any]) -> None:

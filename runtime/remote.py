@@ -42,7 +42,7 @@ from alpa_like.runtime.remote_programs import (
 )
 from alpa_like.runtime.remote_transport import ProcessMap, uuids_needed
 from alpa_like.runtime.staged import BufferType
-from alpa_like.runtime.worker import Partner, Shards
+from alpa_like.runtime.worker import Order, Partner, Shards
 
 __all__ = ["Remote", "RemoteProgram", "Span", "Workers"]
 
@@ -456,7 +456,9 @@ class RemoteProgram:
             numbers = self._numbers(mesh, leaves)
             results += numbers
             dead = self._remote.take_dead(mesh.span)
-            refs += self._remote.each(mesh.span, method, [(self.number, base, v, numbers, dead) for v in values])
+            refs += self._remote.each(
+                mesh.span, method, [(Order(self.number, base, v, numbers, dead),) for v in values]
+            )
         for leaf in (leaves[a] for a in {a for mesh in self._meshes for a in mesh.donated}):
             if isinstance(leaf, RemoteArray):
                 leaf.donate()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from alpa_like.runtime.remote_transport import ProcessMap, RemoteReceiver, Remot
 from alpa_like.runtime.staged import BufferType, Staged
 from alpa_like.runtime.transport import sharding_of
 
-__all__ = ["MeshProgram", "Partner", "Shards", "Tiles", "Worker"]
+__all__ = ["MeshProgram", "Order", "Partner", "Shards", "Tiles", "Worker"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,20 @@ class MeshProgram:
     names: Mapping[int, str]
 
 
+class Order(NamedTuple):
+    """A step of a program on arrays, by number, and host data, in the order of the given buffers.
+
+    Its transfers have numbers from `base` on; its results get the numbers `results`; `dead` are freed before it. It is
+    one argument, as Ray takes its time for each.
+    """
+
+    program: int
+    base: int
+    values: tuple[int | Tiles, ...]
+    results: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
 class Worker:
     """One process of a mesh. Arrays and programs have the numbers that the driver gives them."""
 
@@ -111,34 +125,30 @@ class Worker:
         """Forget a program."""
         self._programs.pop(number, None)
 
-    def run(
-        self, number: int, base: int, values: Sequence[int | Tiles], results: Sequence[int], dead: Sequence[int]
-    ) -> None:
-        """Start a step: on arrays and host data, in the order of the given buffers; results get these numbers.
+    def run(self, order: Order) -> None:
+        """Start a step.
 
         Waits until the arrays that it takes are computed, so that no more than a step is ever ahead of the devices.
         """
-        self.free(dead)
-        loaded = self._programs[number]
+        self.free(order.dead)
+        loaded = self._programs[order.program]
         try:
-            returned = loaded.interpreter(self._given(loaded, base, values))
+            returned = loaded.interpreter(self._given(loaded, order))
         except Exception as error:  # whatever it was, the results are known to be missing
-            raise self._failed(error, results) from error
-        self._arrays.update(zip(results, returned, strict=True))
+            raise self._failed(error, order.results) from error
+        self._arrays.update(zip(order.results, returned, strict=True))
 
-    def trace(
-        self, number: int, base: int, values: Sequence[int | Tiles], results: Sequence[int], dead: Sequence[int]
-    ) -> tuple[float, tuple[Event, ...]]:
+    def trace(self, order: Order) -> tuple[float, tuple[Event, ...]]:
         """As `run`; returns when the step began, in seconds since the epoch, and when each piece ran since then."""
-        self.free(dead)
-        loaded = self._programs[number]
+        self.free(order.dead)
+        loaded = self._programs[order.program]
         try:
-            given = self._given(loaded, base, values)
+            given = self._given(loaded, order)
             began_s = time.time()
             returned, events = loaded.interpreter.trace(given)
         except Exception as error:  # as in `run`
-            raise self._failed(error, results) from error
-        self._arrays.update(zip(results, returned, strict=True))
+            raise self._failed(error, order.results) from error
+        self._arrays.update(zip(order.results, returned, strict=True))
         return began_s, events
 
     def _failed(self, error: Exception, results: Sequence[int]) -> ProgramError:
@@ -148,12 +158,12 @@ class Worker:
         self._failures.update(dict.fromkeys(results, text))
         return ProgramError(text)
 
-    def _given(self, loaded: _Loaded, base: int, values: Sequence[int | Tiles]) -> Iterator[Any]:
-        loaded.base = base
-        fresh = [self._made(v) if isinstance(v, Tiles) else None for v in values]
-        stored = [v for v in values if isinstance(v, int)]
+    def _given(self, loaded: _Loaded, order: Order) -> Iterator[Any]:
+        loaded.base = order.base
+        fresh = [self._made(v) if isinstance(v, Tiles) else None for v in order.values]
+        stored = [v for v in order.values if isinstance(v, int)]
         jax.block_until_ready([self._array(v) for v in stored])
-        return loaded.buffers(values, fresh, self._arrays)
+        return loaded.buffers(order.values, fresh, self._arrays)
 
     def _array(self, number: int) -> Any:
         if number in self._failures:
