@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from alpa_like.cluster import Cluster, Device, Link
+from alpa_like.cluster import Cluster, Link
 from alpa_like.errors import ClusterError
 
 __all__ = ["COLLECTIVES", "CostModel", "RingCost", "ring_bytes"]
@@ -54,9 +54,6 @@ class CostModel(Protocol):
 class RingCost:
     """The roofline for compute, latency plus ring bytes over bandwidth for collectives.
 
-    The roofline is that of what the device reaches (`flops_efficiency`, `memory_efficiency`); where its kernels don't
-    hide all of the shorter of arithmetic and memory traffic, `exposed` adds a share of it.
-
     Assumptions: no overlap of compute and communication, every group of an axis communicates at once. XLA combines
     collectives that do not wait for each other (parameters, gradients) into few large ones, so those pay no latency.
     Where the platform has no reduce-scatter (XLA's CPU backend), one costs what the all-reduce does that stands in.
@@ -77,16 +74,17 @@ class RingCost:
         return "all-reduce" if kind == "reduce-scatter" and not self.native_reduce_scatter else kind
 
     def compute_s(self, flops: float, nbytes: float, dtype: str) -> float:
-        rate, bandwidth, exposed = _rates(self.cluster.device, dtype)
-        arithmetic, memory = flops / rate, nbytes / bandwidth
-        return max(arithmetic, memory) + exposed * min(arithmetic, memory)
+        device = self.cluster.device
+        # JAX's default precision for float32 matmuls is TensorFloat-32 where the hardware has it.
+        peak = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype) * device.flops_efficiency
+        return max(flops / peak, nbytes / device.memory_bandwidth_bytes_per_s)
 
     def collective_s(self, kind: str, nbytes: float, axes: tuple[int, ...], *, combined: bool) -> float:
         members = math.prod(self.mesh_shape[a] for a in axes)
         if members == 1:
             return 0.0
         kind = self.emitted(kind)
-        link = (_exchange_link if kind == "all-to-all" else _link)(self.cluster, self.mesh_shape, axes)
+        link = _link(self.cluster, self.mesh_shape, axes)
         rounds = 2 if kind == "all-reduce" else 1
         sent = ring_bytes(kind, nbytes, members)
         latency = 0.0 if combined else rounds * (members - 1) * link.latency_s
@@ -96,17 +94,3 @@ class RingCost:
 @lru_cache(maxsize=4096)
 def _link(cluster: Cluster, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> Link:
     return cluster.group_link(mesh_shape, axes)
-
-
-@lru_cache(maxsize=4096)
-def _exchange_link(cluster: Cluster, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> Link:
-    return cluster.exchange_link(mesh_shape, axes)
-
-
-@lru_cache(maxsize=256)
-def _rates(device: Device, dtype: str) -> tuple[float, float, float]:
-    """FLOP/s and bytes/s that kernels reach, and what they don't hide of the shorter."""
-    # JAX's default precision for float32 matmuls is TensorFloat-32 where the hardware has it.
-    peak = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype)
-    bandwidth = device.memory_bandwidth_bytes_per_s * device.memory_efficiency
-    return peak * device.flops_efficiency, bandwidth, device.exposed
