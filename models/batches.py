@@ -27,13 +27,19 @@ class Source:
         return dict(self.abstract)
 
 
-def labelled(shape: tuple[int, ...], classes: int) -> Source:
-    """{inputs float32 `shape`, labels int32 [B]} with B = shape[0]: normal inputs, uniform labels below `classes`."""
+def unlabelled(shape: tuple[int, ...]) -> Source:
+    """{inputs float32 `shape`}: normal inputs."""
+    inputs = jax.ShapeDtypeStruct(shape, np.float32)
+    return Source((("inputs", inputs),), lambda rng: (rng.standard_normal(shape, np.float32),))
+
+
+def labelled(shape: tuple[int, ...], classes: int, label_dims: int = 1) -> Source:
+    """{inputs float32 `shape`, labels int32 shape[:label_dims]}: normal inputs, uniform labels below `classes`."""
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return rng.standard_normal(shape, np.float32), rng.integers(0, classes, shape[:1], np.int32)
+        return rng.standard_normal(shape, np.float32), rng.integers(0, classes, shape[:label_dims], np.int32)
 
-    inputs, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:1], np.int32)
+    inputs, labels = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:label_dims], np.int32)
     return Source((("inputs", inputs), ("labels", labels)), draw)
 
 

@@ -80,17 +80,18 @@ class FeedForward(nn.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
-def apply_layers(block: Callable[..., Any], config: StackConfig, x: jax.Array) -> jax.Array:
-    """x through `num_layers` modules `block(config)`, each [B, S, D] → [B, S, D]. Call it inside a compact method.
+def apply_layers(block: Callable[..., Any], config: StackConfig, x: jax.Array, **options: Any) -> jax.Array:
+    """x through `num_layers` modules `block(config, **options)`, each [B, S, D] → [B, S, D].
 
-    The parameters are named h0, h1, …; with `scan_layers` there is one "h", its leaves with a leading dim num_layers.
+    Call it inside a compact method. The parameters are named h0, h1, …; with `scan_layers` there is one "h", its leaves
+    with a leading dim num_layers.
     """
     # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
     layer = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
     if config.scan_layers:
-        return _scan_layers(layer(config, name="h"), config.num_layers, x)
+        return _scan_layers(layer(config, **options, name="h"), config.num_layers, x)
     for index in range(config.num_layers):
-        x = layer(config, name=f"h{index}")(x)
+        x = layer(config, **options, name=f"h{index}")(x)
     return x
 
 
@@ -98,5 +99,5 @@ def _scan_layers(layer: Callable[[jax.Array], jax.Array], length: int, x: jax.Ar
     def body(module: Callable[[jax.Array], jax.Array], carry: jax.Array, _: None) -> tuple[jax.Array, None]:
         return module(carry), None
 
-    scan: Any = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
+    scan: Any = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length)
     return scan(layer, x, None)[0]

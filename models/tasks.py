@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from alpa_like.models.batches import Batch, Source, labelled, masked_tokens, next_tokens
+from alpa_like.models.batches import Batch, Source, labelled, masked_tokens, next_tokens, unlabelled
 from alpa_like.models.bert import Bert, BertConfig
 from alpa_like.models.gpt import GPT, GPTConfig
 from alpa_like.models.llama import Llama, LlamaConfig
 from alpa_like.models.mlp import MLP, MLPConfig
 from alpa_like.models.moe import MoE, MoEConfig
 from alpa_like.models.resnet import ResNet, ResNetConfig
+from alpa_like.models.unet import UNet, UNetConfig, kept_signal
+from alpa_like.models.vit import ViT, ViTConfig
 
 Optimizer = optax.GradientTransformation
 # (params, state, batch) → the loss [], and the fields of the state that the forward pass changes
@@ -28,7 +30,10 @@ Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, Any]]]
 
 
 class DropoutState(TrainState):
-    """A train state with the key of all dropout, raw uint32 [2]. The key stays; step n draws with fold_in(key, n)."""
+    """A train state with the key of all dropout and noise, raw uint32 [2].
+
+    The key stays; step n draws with fold_in(key, n).
+    """
 
     key: jax.Array
 
@@ -125,6 +130,65 @@ def resnet_task(config: ResNetConfig, batch_size: int, optimizer: Optimizer | No
     return _task(name, module, loss, labelled(shape, config.num_classes), optimizer, state_type)
 
 
+def vit_task(config: ViTConfig, batch_size: int, optimizer: Optimizer | None = None, name: str = "vit") -> Task:
+    """Classify images: batch {inputs float32 [B, N, N, in_channels], labels int32 [B]}.
+
+    The state is a `DropoutState` where the config has dropout.
+    """
+    module, drops = ViT(config), config.dropout_rate > 0
+
+    def loss(params: Any, state: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        options = {"rngs": {"dropout": jax.random.fold_in(state.key, state.step)}} if drops else {}
+        logits = _forward(module, params, batch["inputs"], deterministic=not drops, **options)
+        return cross_entropy(logits, batch["labels"]), {}
+
+    shape = (batch_size, config.image_size, config.image_size, config.in_channels)
+    state_type = DropoutState if drops else TrainState
+    return _task(name, module, loss, labelled(shape, config.num_classes), optimizer, state_type)
+
+
+def unet_task(config: UNetConfig, batch_size: int, optimizer: Optimizer | None = None, name: str = "unet") -> Task:
+    """Find the noise in images: batch {inputs float32 [B, N, N, in_channels]}.
+
+    Noise and its levels are drawn in the step. The loss is the mean square error of the noise (Ho et al. 2020, equation
+    14). A net without noise levels (`num_times` 0) learns to label pixels, out_channels being the classes: batch
+    {inputs, labels int32 [B, N, N]}.
+    """
+    module, shape = UNet(config), (batch_size, config.image_size, config.image_size, config.in_channels)
+    if not config.num_times:
+        source = labelled(shape, config.out_channels, label_dims=3)
+        return _task(name, module, _pixel_loss(module), source, optimizer, DropoutState)
+    if config.in_channels != config.out_channels:
+        found = f"in_channels {config.in_channels}, out_channels {config.out_channels}"
+        raise ValueError(f"unet_task: noise has as many channels as the image; found {found}")
+    times = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return _task(name, module, _noise_loss(module), unlabelled(shape), optimizer, DropoutState, times)
+
+
+def _pixel_loss(module: UNet) -> Loss:
+    def loss(params: Any, state: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        rngs = {"dropout": jax.random.fold_in(state.key, state.step)}
+        logits = _forward(module, params, batch["inputs"], deterministic=False, rngs=rngs)
+        return cross_entropy(logits, batch["labels"]), {}
+
+    return loss
+
+
+def _noise_loss(module: UNet) -> Loss:
+    kept_by_time = kept_signal(module.config.num_times)
+
+    def loss(params: Any, state: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        times = jax.random.randint(keys[0], batch["inputs"].shape[:1], 0, module.config.num_times)
+        noise = jax.random.normal(keys[1], batch["inputs"].shape)
+        kept = jnp.asarray(kept_by_time)[times][:, None, None, None]
+        noisy = jnp.sqrt(kept) * batch["inputs"] + jnp.sqrt(1 - kept) * noise
+        found = _forward(module, params, noisy, times, deterministic=False, rngs={"dropout": keys[2]})
+        return jnp.mean((noise - found.astype(jnp.float32)) ** 2), {}
+
+    return loss
+
+
 def small_tasks(optimizer: Optimizer | None = None) -> dict[str, Task]:
     """Tiny tasks for tests: mlp, gpt, gpt_scan, gpt_remat, bert, conv, moe. Most dims divide by 8; batch 16.
 
@@ -170,22 +234,26 @@ def _task(
     source: Source,
     optimizer: Optimizer | None,
     state_type: type[TrainState] = TrainState,
+    *also_read: jax.ShapeDtypeStruct,
 ) -> Task:
-    """The task of a model. Module and optimizer are fixed here, so that all its states have one treedef."""
+    """The task of a model. Module and optimizer are fixed here, so that all its states have one treedef.
+
+    The module is called with the first array of the batch, and with arrays such as `also_read`.
+    """
     tx = optax.adam(1e-3) if optimizer is None else optimizer
-    init = _init(module, tx, source.abstract[0][1], state_type)
+    init = _init(module, tx, (source.abstract[0][1], *also_read), state_type)
     return Task(name, init, _step(loss), source.batch, source.abstract_batch)
 
 
 def _init(
-    module: nn.Module, tx: Optimizer, example: jax.ShapeDtypeStruct, state_type: type[TrainState]
+    module: nn.Module, tx: Optimizer, read: tuple[jax.ShapeDtypeStruct, ...], state_type: type[TrainState]
 ) -> Callable[[], Any]:
     apply_fn = module.apply
 
     def init() -> TrainState:
         key = jax.random.PRNGKey(0)
         # One example is enough: no parameter's shape depends on the batch size.
-        fields = dict(module.init(key, jnp.zeros((1, *example.shape[1:]), example.dtype)))
+        fields = dict(module.init(key, *(jnp.zeros((1, *array.shape[1:]), array.dtype) for array in read)))
         if state_type is DropoutState:
             fields["key"] = jax.random.fold_in(key, 1)
         state = state_type.create(apply_fn=apply_fn, tx=tx, **fields)

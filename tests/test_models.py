@@ -19,19 +19,19 @@ Tree = dict[str, Any]
 FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}  # compile quickly, the sizes are tiny
 RNG = np.random.default_rng(0)
 
-TOKENS = RNG.integers(0, 11, (2, 6), np.int32)
+TOKENS = RNG.integers(0, 11, (3, 7), np.int32)
 MLP = models.MLPConfig((5, 7, 6, 3), "tanh")
-GPT = models.GPTConfig(vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=2)
-BERT = models.BertConfig(vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=2)
+GPT = models.GPTConfig(vocab_size=11, seq_len=9, d_model=15, num_heads=3, num_layers=2, mlp_ratio=3)
+BERT = models.BertConfig(vocab_size=11, seq_len=9, d_model=15, num_heads=3, num_layers=2, mlp_ratio=3)
 MOE = models.MoEConfig(
-    vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=4, num_experts=4, capacity_factor=1.0
+    vocab_size=11, seq_len=9, d_model=15, num_heads=3, num_layers=4, num_experts=5, capacity_factor=1.0
 )
 LLAMA = models.LlamaConfig(
-    vocab_size=11, seq_len=8, d_model=24, num_heads=6, num_kv_heads=2, num_layers=2, ffn_dim=20, rope_theta=50.0
+    vocab_size=11, seq_len=9, d_model=36, num_heads=6, num_kv_heads=2, num_layers=2, ffn_dim=21, rope_theta=50.0
 )
-CONV = models.ResNetConfig(widths=(4, 6), blocks=2, num_classes=5, width_factor=2, image_size=6)
+CONV = models.ResNetConfig(widths=(5, 7), blocks=2, num_classes=5, width_factor=2, image_size=7)
 CONV_LAYER, CONV_NONE = replace(CONV, norm="layer"), replace(CONV, norm="none")
-TIED = models.GPTConfig(vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=2, tied=True)
+TIED = replace(GPT, tied=True)
 MODELS = [
     pytest.param(models.MLP(MLP), jnp.zeros((1, 5)), id="mlp"),
     pytest.param(models.GPT(GPT), TOKENS, id="gpt"),
@@ -39,9 +39,9 @@ MODELS = [
     pytest.param(models.Bert(BERT), TOKENS, id="bert"),
     pytest.param(models.MoE(MOE), TOKENS, id="moe"),
     pytest.param(models.Llama(LLAMA), TOKENS, id="llama"),
-    pytest.param(models.ResNet(CONV), jnp.zeros((1, 6, 6, 3)), id="conv"),
-    pytest.param(models.ResNet(CONV_LAYER), jnp.zeros((1, 6, 6, 3)), id="conv_layer"),
-    pytest.param(models.ResNet(CONV_NONE), jnp.zeros((1, 6, 6, 3)), id="conv_none"),
+    pytest.param(models.ResNet(CONV), jnp.zeros((1, 7, 7, 3)), id="conv"),
+    pytest.param(models.ResNet(CONV_LAYER), jnp.zeros((1, 7, 7, 3)), id="conv_layer"),
+    pytest.param(models.ResNet(CONV_NONE), jnp.zeros((1, 7, 7, 3)), id="conv_none"),
 ]
 
 
@@ -159,7 +159,7 @@ def moe_reference(p: Tree, tokens: Array) -> tuple[Array, float, int]:
         if index % 2 == 0:
             x = x + feed_forward(layer["mlp"], normed)
             continue
-        mixed, loss, lost = experts(layer["moe"], normed, capacity=2)  # 1.0 · 6 tokens / 4 experts, rounded up
+        mixed, loss, lost = experts(layer["moe"], normed, capacity=2)  # 1.0 · 7 tokens / 5 experts, rounded up
         x, aux, dropped = x + mixed, [*aux, loss], dropped + lost
     return dense(p["head"], layer_norm(p["ln_f"], x)), float(np.mean(aux)), dropped
 
@@ -178,10 +178,10 @@ def turned(x: Array, theta: float) -> Array:
 
 def llama_attention(p: Tree, x: Array, visible: Array) -> Array:
     q, k, v = dense(p["q"], x), dense(p["k"], x), dense(p["v"], x)
-    q = q.reshape(*x.shape[:2], 6, 4)
+    q = q.reshape(*x.shape[:2], 6, 6)
     k, v = np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2)  # query heads 0, 1, 2 use key-value head 0
     mixed = mix(turned(q, 50.0), turned(k, 50.0), v, visible)
-    return dense({"kernel": p["out"]["kernel"].reshape(6, 4, 24)}, mixed, 2)
+    return dense({"kernel": p["out"]["kernel"].reshape(6, 6, 36)}, mixed, 2)
 
 
 def llama_reference(p: Tree, tokens: Array) -> Array:
@@ -238,7 +238,7 @@ def test_gpt_equals_numpy(config: models.GPTConfig) -> None:
 
 
 def test_bert_equals_numpy_at_the_tokens() -> None:
-    padding = np.array([[True] * 6, [True] * 4 + [False] * 2])
+    padding = np.array([[True] * 7, [True] * 4 + [False] * 3, [True] * 5 + [False] * 2])
     variables = variables_of(models.Bert(BERT), TOKENS)
     logits = run(models.Bert(BERT).apply, variables, TOKENS, padding)
     assert_close(np.asarray(logits), bert_reference(variables["params"], TOKENS, padding))
@@ -249,7 +249,7 @@ def test_bert_equals_numpy_at_the_tokens() -> None:
 def test_moe_equals_numpy_with_dropped_tokens() -> None:
     variables = variables_of(models.MoE(MOE), TOKENS)
     logits, aux, dropped = moe_reference(variables["params"], TOKENS)
-    assert 0 < dropped < 2 * 2 * TOKENS.size
+    assert 0 < dropped < 2 * 2 * TOKENS.size  # of two choices per token in each of two layers
     assert_close(run(models.MoE(MOE).apply, variables, TOKENS), (logits, np.float64(aux)))
 
 
@@ -260,7 +260,7 @@ def test_llama_equals_numpy() -> None:
 
 
 def test_conv_equals_numpy() -> None:
-    images = RNG.standard_normal((3, 6, 6, 3), np.float32)
+    images = RNG.standard_normal((3, 7, 7, 3), np.float32)
     module = models.ResNet(CONV)
     variables = variables_of(module, images)
     assert_close(run(module.apply, variables, images), conv_reference(variables, images, train=False))
@@ -275,7 +275,7 @@ def test_conv_equals_numpy() -> None:
 
 @pytest.mark.parametrize("config", [CONV_LAYER, CONV_NONE], ids=["layer", "none"])
 def test_conv_without_batch_statistics_equals_numpy(config: models.ResNetConfig) -> None:
-    images = RNG.standard_normal((3, 6, 6, 3), np.float32)
+    images = RNG.standard_normal((3, 7, 7, 3), np.float32)
     variables = variables_of(models.ResNet(config), images)
     assert set(variables) == {"params"}
     logits = run(lambda v, x: models.ResNet(config).apply(v, x, train=True), variables, images)
@@ -306,8 +306,7 @@ def test_top2_gating_fills_the_places_in_order() -> None:
 
 
 def gpt_value_and_grad(params: Tree, **options: Any) -> Any:
-    sizes: Any = dict(vocab_size=11, seq_len=8, d_model=12, num_heads=3, num_layers=2)
-    module = models.GPT(models.GPTConfig(**sizes, **options))
+    module = models.GPT(replace(GPT, **options))
 
     def loss(params: Tree) -> jax.Array:
         logits: Any = module.apply({"params": params}, TOKENS)

@@ -14,7 +14,7 @@ Array = np.ndarray
 Tree = dict[str, Any]
 FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}  # compile quickly, the sizes are tiny
 RNG = np.random.default_rng(0)
-TINY = models.WideResNetConfig(blocks=(2, 1), channels=4, width_factor=2, num_classes=5, image_size=16)
+TINY = models.WideResNetConfig(blocks=(2, 1), channels=4, width_factor=2, num_classes=5, image_size=21)
 
 
 def published(name: str) -> float:
@@ -119,8 +119,8 @@ def norm(p: Tree, stats: Tree, x: Array, train: bool) -> Array:
 
 
 def max_pool(x: Array) -> Array:
-    """The most of each 3×3 window, every second one; 8×8 → 4×4, one row and column of padding at the end."""
-    x = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-np.inf)
+    """The most of each 3×3 window, every second one, of an image with odd sides: one row of padding at each end."""
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     rows = range(0, x.shape[1] - 2, 2)
     return np.stack([np.stack([x[:, r : r + 3, c : c + 3].max((1, 2)) for c in rows], 1) for r in rows], 1)
 
@@ -149,8 +149,8 @@ def reference(variables: Tree, images: Array, train: bool) -> Array:
 @pytest.mark.parametrize("train", [True, False])
 def test_wide_resnet_equals_numpy(train: bool) -> None:
     module = models.WideResNet(TINY)
-    images = RNG.standard_normal((3, 16, 16, 3))
-    shapes = jax.eval_shape(lambda: module.init(jax.random.PRNGKey(0), jnp.zeros((1, 16, 16, 3))))
+    images = RNG.standard_normal((3, 21, 21, 3))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.PRNGKey(0), jnp.zeros((1, 21, 21, 3))))
     assert total_size(shapes["params"]) == TINY.num_params()
     params = jax.tree.map(lambda x: RNG.uniform(-0.4, 0.6, x.shape), shapes["params"])
     statistics = jax.tree.map(lambda x: RNG.uniform(0.5, 1.5, x.shape), shapes["batch_stats"])
