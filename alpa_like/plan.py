@@ -25,6 +25,7 @@ from alpa_like.simulate import Simulation, Times, simulate, write_trace
 
 __all__ = [
     "Accumulator",
+    "Candidate",
     "PartialSum",
     "Pin",
     "Pipeline",
@@ -42,7 +43,7 @@ __all__ = [
     "spec_text",
 ]
 
-FORMAT = 2
+FORMAT = 3
 
 Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor: `((0,), (), (1, 2))`."""
@@ -202,15 +203,32 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that was solved for while planning, by its mesh or its schedule and stages.
+
+    What it would take per device and step; inf where nothing fits.
+    """
+
+    name: str
+    step_time_s: float
+    peak_memory_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class SolverReport:
-    """How the plan was found. `gap` is the share by which the step time could at most be better within the model."""
+    """How the plan was found. `gap` is the share by which the step time could at most be better within the model.
+
+    `considered` has the best plan of every mesh that was tried, or the pipelines that were. `budget_bytes` is the
+    memory per device that plans had to fit in, 0 where nobody knows.
+    """
 
     status: str
     gap: float
     seconds: float
     variables: int
     solver: str
-    considered: tuple[tuple[str, float], ...] = ()
+    considered: tuple[Candidate, ...] = ()
+    budget_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +236,8 @@ class StagePlan:
     """What one mesh runs, or in a pipeline one piece of it.
 
     `devices` are the first device of the cluster and how many follow row-major. `program` is the digest of a piece.
+    For people: `collective_s` are the predicted seconds of each kind of collective in one run ("slice" is the local
+    copy of a part), `activations` what the forward pass makes in between, where nothing else in the plan says it.
     """
 
     name: str
@@ -230,6 +250,8 @@ class StagePlan:
     sums: tuple[PartialSum, ...] = ()
     accumulators: tuple[Accumulator, ...] = ()
     program: str = ""
+    collective_s: tuple[tuple[str, float], ...] = ()
+    activations: tuple[Placed, ...] = ()
 
     def verify(self) -> None:
         """Raise `PlanError` where a spec names an unknown axis, uses one twice, or does not divide its dim."""
@@ -251,7 +273,9 @@ class StagePlan:
         self._verify_inside()
 
     def _verify_inside(self) -> None:
-        """The same for sums, accumulators and pins."""
+        """The same for activations, sums, accumulators and pins."""
+        for placed in self.activations:
+            self._verify_spec(placed.spec, f"{placed.path} of shape {placed.shape}", len(placed.shape))
         for total in self.sums:
             self._verify_spec(
                 (*total.spec, *((a,) for a in total.axes)), f"the sum op {total.op}", len(total.spec) + len(total.axes)
@@ -434,10 +458,13 @@ def _header(plan: Plan) -> list[str]:
         f"solver {s.solver} {s.status}, gap {s.gap:.2g}, {s.variables} variables, {s.seconds:.2f} s",
     ]
     if len(s.considered) > 1:
-        lines.append(
-            "meshes " + ", ".join(f"{name} {seconds_text(t) if t < math.inf else '-'}" for name, t in s.considered)
-        )
+        what, mark = ("meshes", ", ") if plan.pipeline is None else ("considered", "; ")
+        lines.append(f"{what} " + mark.join(f"{c.name} {_seconds_or_dash(c.step_time_s)}" for c in s.considered))
     return lines + [f"warning: {w}" for w in plan.warnings]
+
+
+def _seconds_or_dash(s: float) -> str:
+    return seconds_text(s) if s < math.inf else "-"
 
 
 def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
@@ -580,12 +607,24 @@ def _stages_text(pipeline: Pipeline | None) -> str:
 def _to_json(plan: Plan) -> dict[str, Any]:
     data = asdict(replace(plan, cluster=None))  # pyright: ignore[reportArgumentType]
     data["cluster"] = plan.cluster.to_json()
-    data["solver"]["considered"] = [[n, t if math.isfinite(t) else None] for n, t in plan.solver.considered]
+    data["solver"]["considered"] = [
+        [c.name, _finite(c.step_time_s), _finite(c.peak_memory_bytes)] for c in plan.solver.considered
+    ]
     for stage in data["stages"]:
         stage["pins"] = [[p["op"], p["port"], p["result"], p["path"]] for p in stage["pins"]]
         stage["sums"] = [[t["op"], t["axes"], t["spec"], t["splits"]] for t in stage["sums"]]
         stage["accumulators"] = [list(a.values()) for a in stage["accumulators"]]
     return data
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _candidate(name: Any, *figures: float | None) -> Candidate:
+    step_time_s, peak_memory_bytes = (math.inf if x is None else float(x) for x in figures)
+    return Candidate(str(name), step_time_s, peak_memory_bytes)
 
 
 def _from_json(data: Any, where: str) -> Plan:
@@ -597,7 +636,7 @@ def _from_json(data: Any, where: str) -> Plan:
         )
     try:
         solver = dict(data["solver"])
-        considered = tuple((str(n), math.inf if t is None else float(t)) for n, t in solver.pop("considered"))
+        considered = tuple(_candidate(*c) for c in solver.pop("considered"))
         return Plan(
             function=data["function"],
             program=data["program"],
@@ -633,6 +672,8 @@ def _stage(data: dict[str, Any]) -> StagePlan:
             for result, op, axes, spec, splits, total in data["accumulators"]
         ),
         data["program"],
+        tuple((str(kind), float(seconds)) for kind, seconds in data["collective_s"]),
+        tuple(placed(p) for p in data["activations"]),
     )
 
 

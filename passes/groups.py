@@ -28,7 +28,7 @@ from functools import cached_property
 
 from alpa_like.graph import Op, OpGraph
 
-__all__ = ["ACCUMULATE", "Copy", "Groups", "Member", "Port", "Segments", "form_groups", "wide_dims"]
+__all__ = ["ACCUMULATE", "Copy", "Groups", "Member", "Port", "Segments", "first_reader", "form_groups", "wide_dims"]
 
 _SUMMED = ("stablehlo.dot_general", "stablehlo.scatter")
 """Ops whose partial sums can be held back; `passes.sums` knows how."""
@@ -143,6 +143,15 @@ class Segments:
     def name(self, version: str, segment: int) -> str:
         """What a version is called in a part: "shared", "shared 1", …"""
         return f"{version} {segment}" if segment else version
+
+
+def first_reader(graph: OpGraph, copy: Copy, segments: Segments) -> int:
+    """The first op that reads a copy; one behind the last op for results."""
+    segment = copy.target.version.partition(" ")[2]
+    if copy.target.version == "out":
+        return len(graph.ops)
+    readers = [op for op, _ in graph.uses[copy.target.tensor]]
+    return next((op for op in readers if segments.of(op) == int(segment or 0)), readers[0])
 
 
 def form_groups(graph: OpGraph, stored: Iterable[tuple[int, int]], segments: Segments | None = None) -> Groups:

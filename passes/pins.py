@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from alpa_like.cost import CostModel
 from alpa_like.graph import Op, dtype_bits
-from alpa_like.passes.groups import ACCUMULATE, Groups, Port, Segments, wide_dims
+from alpa_like.passes.groups import ACCUMULATE, Groups, Port, Segments, first_reader, wide_dims
 from alpa_like.passes.intra import Decision, Spaces, port_state, spec_of
 from alpa_like.passes.layouts import PARTIAL, WHOLE, Move, State, TensorSpace
 from alpa_like.passes.liveness import Liveness
 from alpa_like.plan import PartialSum, Pin, Spec
 
-__all__ = ["PinWriter"]
+__all__ = ["PinWriter", "Reshard", "by_seconds"]
+
+
+def by_seconds(total: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Kinds that take time, the longest first."""
+    return tuple(sorted(((k, s) for k, s in total.items() if s), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(frozen=True, slots=True)
+class Reshard:
+    """A tensor that changes its layout for op number `op` (one behind the last for results), `count` times a step."""
+
+    op: int
+    tensor: int
+    moves: tuple[Move, ...]
+    count: float
+
+    def seconds(self, cost: CostModel) -> dict[str, float]:
+        """Seconds of a step by kind of collective, as the platform emits them; "slice" is the copy of a part."""
+        found: dict[str, float] = {}
+        for move in self.moves:
+            kind = move.kind if move.kind == "slice" else cost.emitted(move.kind)
+            found[kind] = found.get(kind, 0.0) + move.seconds * self.count
+        return found
 
 
 @dataclass
@@ -71,21 +94,30 @@ class PinWriter:
     def traffic(self) -> dict[str, float]:
         """Ring bytes that each device sends in a step, by kind of collective."""
         total: dict[str, float] = {}
-        for tensor, moves, count in self.reshards():
-            for kind, nbytes in self.space(tensor).traffic(moves).items():
-                total[kind] = total.get(kind, 0.0) + nbytes * count
+        for reshard in self.reshards():
+            for kind, nbytes in self.space(reshard.tensor).traffic(reshard.moves).items():
+                total[kind] = total.get(kind, 0.0) + nbytes * reshard.count
         return total
 
-    def reshards(self) -> Iterator[tuple[int, tuple[Move, ...], float]]:
-        """Every reshard of the plan: tensor, moves, times a step."""
+    def collective_s(self) -> tuple[tuple[str, float], ...]:
+        """Predicted seconds of a step by kind of collective, the longest first."""
+        total: dict[str, float] = {}
+        for reshard in self.reshards():
+            for kind, seconds in reshard.seconds(self.cost).items():
+                total[kind] = total.get(kind, 0.0) + seconds
+        return by_seconds(total)
+
+    def reshards(self) -> Iterator[Reshard]:
+        """Every reshard of the plan."""
         for port in self.groups.ports:
             op = self.groups.graph.ops[port.op]
             once = port.result and op.name == ACCUMULATE
-            yield port.member.tensor, self.port_moves(port), 1.0 if once else op.count
+            yield Reshard(port.op, port.member.tensor, self.port_moves(port), 1.0 if once else op.count)
         for copy in self.groups.copies:
             tensor = copy.source.tensor
             source, target = (self.decision.layouts[(tensor, m.version)] for m in (copy.source, copy.target))
-            yield tensor, self.moves(tensor, source, target), copy.count
+            reader = first_reader(self.groups.graph, copy, self.liveness.segments)
+            yield Reshard(reader, tensor, self.moves(tensor, source, target), copy.count)
 
     def space(self, tensor: int) -> TensorSpace:
         t = self.groups.graph.tensors[tensor]

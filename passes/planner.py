@@ -18,13 +18,14 @@ from alpa_like.cost import CostModel, RingCost
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import OpGraph
 from alpa_like.methods import Method
+from alpa_like.passes.activations import activations
 from alpa_like.passes.assignment import Solution
 from alpa_like.passes.groups import Groups, form_groups
 from alpa_like.passes.intra import Restrictions, ShardingProblem, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pins import PinWriter
 from alpa_like.passes.solve import least_memory, solve
-from alpa_like.plan import Placed, Plan, Predicted, SolverReport, Spec, StagePlan, bytes_text
+from alpa_like.plan import Candidate, Placed, Plan, Predicted, SolverReport, Spec, StagePlan, bytes_text
 from alpa_like.tracer import Leaf, Trace
 
 __all__ = ["make_plan"]
@@ -36,10 +37,15 @@ _EMULATED = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Solved:
     cost: CostModel
     problem: ShardingProblem
     solution: Solution
+
+    @property
+    def memory_bytes(self) -> float:
+        """Predicted peak per device."""
+        return self.problem.problem.memory(self.solution.choice)[0]
 
 
 def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
@@ -49,31 +55,35 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
     groups = form_groups(graph, trace.stored)
     liveness = Liveness(graph, _written_in_place(trace), frozenset(graph.arguments[i] for i in trace.batch))
     budget = method.memory_budget_bytes or float(cluster.device.memory_bytes)
-    best: _Candidate | None = None
-    considered: list[tuple[str, float]] = []
-    solved: dict[object, float] = {}
+    best: _Solved | None = None
+    considered: list[Candidate] = []
+    solved: dict[object, Candidate] = {}
     failure: InfeasibleError | None = None
     for mesh in method.mesh_shapes(cluster.num_devices):
         cost = RingCost(cluster, mesh, native_reduce_scatter=cluster.device.name != _EMULATED)
         alike = _alike(cost)
         if alike in solved and method.mesh_shape == "auto" and not _names_axes(method):
-            considered.append((_mesh_text(mesh), solved[alike]))
+            considered.append(replace(solved[alike], name=_mesh_text(mesh)))
             continue
         try:
-            candidate = _solve(trace, groups, liveness, cost, method, budget)
+            found = _solve(trace, groups, liveness, cost, method, budget)
         except InfeasibleError as error:
             failure = error
-            considered.append((_mesh_text(mesh), math.inf))
+            considered.append(Candidate(_mesh_text(mesh), math.inf, math.inf))
             continue
-        seconds = candidate.solution.cost
-        solved[alike] = seconds
-        considered.append((_mesh_text(mesh), seconds))
-        logger.debug("mesh %s: step %.3g s", mesh, seconds)
-        if best is None or seconds < best.solution.cost * (1 - 1e-9):
-            best = candidate
+        solved[alike] = Candidate(_mesh_text(mesh), found.solution.cost, found.memory_bytes)
+        considered.append(solved[alike])
+        logger.debug("mesh %s: step %.3g s", mesh, found.solution.cost)
+        if best is None or found.solution.cost < best.solution.cost * (1 - 1e-9):
+            best = found
     if best is None:
         raise failure or InfeasibleError(f"{method.name} allows no mesh of {cluster.num_devices} devices")
-    report = replace(_report(best.solution), seconds=time.perf_counter() - start, considered=tuple(considered))
+    report = replace(
+        _report(best.solution),
+        seconds=time.perf_counter() - start,
+        considered=tuple(considered),
+        budget_bytes=budget,
+    )
     return _write(trace, cluster, method, liveness, groups, best, report).verify()
 
 
@@ -99,9 +109,7 @@ def _alike(cost: RingCost) -> object:
     return tuple(mesh[a] for a in order), tuple(links)
 
 
-def _solve(
-    trace: Trace, groups: Groups, liveness: Liveness, cost: RingCost, method: Method, budget: float
-) -> _Candidate:
+def _solve(trace: Trace, groups: Groups, liveness: Liveness, cost: RingCost, method: Method, budget: float) -> _Solved:
     asked = method.requirements(trace, cost.mesh_shape)
     restrictions = Restrictions({**asked.tensors, **_keys(trace)}, asked.spread - _key_tensors(trace), asked.batch)
     problem = build(groups, cost, liveness, restrictions)
@@ -110,7 +118,7 @@ def _solve(
         solution = solve(limited, solver=method.solver, time_limit_s=method.time_limit_s, gap=method.gap)
     except InfeasibleError:
         raise InfeasibleError(_too_large(trace, problem, budget, cost.mesh_shape)) from None
-    return _Candidate(cost, replace(problem, problem=limited), solution)
+    return _Solved(cost, replace(problem, problem=limited), solution)
 
 
 def _keys(trace: Trace) -> dict[tuple[int, str], Spec]:
@@ -163,7 +171,7 @@ def _write(
     method: Method,
     liveness: Liveness,
     groups: Groups,
-    best: _Candidate,
+    best: _Solved,
     report: SolverReport,
 ) -> Plan:
     writer = PinWriter(
@@ -179,6 +187,8 @@ def _write(
         tuple(_placed(writer, leaf, t, "out") for leaf, t in zip(trace.results, trace.graph.results, strict=True)),
         writer.pins(),
         writer.sums(),
+        collective_s=writer.collective_s(),
+        activations=activations(groups, sorted(trace.batch), writer),
     )
     compute = best.problem.compute_s(best.solution.choice)
     predicted = Predicted(
@@ -186,7 +196,7 @@ def _write(
         compute,
         max(0.0, best.solution.cost - compute),
         writer.traffic(),
-        best.problem.problem.memory(best.solution.choice)[0],
+        best.memory_bytes,
     )
     return Plan(
         trace.name,

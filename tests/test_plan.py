@@ -1,6 +1,7 @@
 """A plan as people see it: printed, compared, saved, edited, loaded; made for machines that are not here."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import alpa_like as alpa
 from alpa_like import models
 from alpa_like.passes import planner
-from alpa_like.plan import PartialSum, Pin, Placed, Plan, Predicted, SolverReport, StagePlan
+from alpa_like.plan import Candidate, PartialSum, Pin, Placed, Plan, Predicted, SolverReport, StagePlan
 
 CHIP = alpa.Device("chip", (("float32", 1e9),), 2**30, 1e9, 1.0)
 CLUSTER = alpa.Cluster("eight", 1, 8, CHIP, alpa.Link(1e9, 0.0), alpa.Link(1e9, 0.0), ("made up",))
@@ -39,6 +40,7 @@ STAGE = StagePlan(
     pins=(Pin(17, 0, False, (((0,), ()), ((), ()))), Pin(17, 0, True, (((0,), (1,)),))),
 )
 TRAFFIC = {"all-gather": 3 * 2**20, "all-reduce": 512.0}
+TRIED = (Candidate("8", 3e-3, 6e8), Candidate("2x4", 2.5e-3, 5e8))
 PLAN = Plan(
     function="train_step",
     program="0123456789abcdef",
@@ -46,7 +48,7 @@ PLAN = Plan(
     cluster=CLUSTER,
     stages=(STAGE,),
     predicted=Predicted(2.5e-3, 2e-3, 0.5e-3, TRAFFIC, 1.5 * 2**30),
-    solver=SolverReport("optimal", 0.0, 1.25, 321, "HiGHS", (("8", 3e-3), ("2x4", 2.5e-3))),
+    solver=SolverReport("optimal", 0.0, 1.25, 321, "HiGHS", TRIED),
     warnings=("something to know",),
 )
 TEXT = """\
@@ -160,7 +162,10 @@ def test_a_file_gives_the_same_plan_back(plan, tmp_path):
 
 def test_a_file_is_json_that_others_can_read(tmp_path):
     """`Infinity`, the time of a mesh on which nothing fits, is no JSON."""
-    tried = replace(PLAN, solver=replace(PLAN.solver, considered=(("8", float("inf")), ("2x4", 2.5e-3))))
+    tried = replace(
+        PLAN,
+        solver=replace(PLAN.solver, considered=(Candidate("8", math.inf, math.inf), Candidate("2x4", 2.5e-3, 1e9))),
+    )
     tried.save(tmp_path / "plan.json")
 
     def refuse(text):
@@ -315,3 +320,49 @@ def test_the_plan_tells_what_the_compiled_program_does():
         predicted, measured = executable.plan.predicted, executable.traffic(reduce_scatter=True)
         assert sum(measured.values()) == pytest.approx(predicted.total_traffic_bytes, rel=0.02, abs=64)
         assert predicted.step_time_s == pytest.approx(predicted.compute_time_s + predicted.communication_time_s)
+
+
+@pytest.mark.parametrize("mesh", [(8,), (2, 4)])
+def test_seconds_of_collectives_are_the_predicted_communication(mesh):
+    task = models.small_tasks()["moe"]
+    step = alpa.parallelize(task.step, method=alpa.ShardParallel(mesh_shape=mesh))
+    plan = step.plan(jax.eval_shape(task.init), task.abstract_batch(), cluster=alpa.Cluster.dgx_a100())
+    (stage,) = plan.stages
+    total = sum(seconds for _, seconds in stage.collective_s)
+    assert total == pytest.approx(plan.predicted.communication_time_s, rel=1e-6)
+    assert {k for k, _ in stage.collective_s} - {"slice"} == {k for k, n in plan.predicted.traffic_bytes.items() if n}
+
+
+def test_activations_are_those_of_the_forward_pass_in_its_layouts():
+    """Data parallel: every activation is split in the batch; a model of two matmuls has these three that are large."""
+
+    def step(w, x):
+        def loss(w):
+            hidden = jnp.tanh(jnp.einsum("bi,ij->bj", x, w["up"]))
+            return jnp.mean(jnp.einsum("bj,jk->bk", hidden, w["down"]) ** 2)
+
+        return jax.tree.map(lambda p, g: p - g, w, jax.grad(loss)(w))
+
+    w = {"up": jnp.zeros((16, 128)), "down": jnp.zeros((128, 64), jnp.float32)}
+    method = alpa.DataParallel(mesh_shape=(8,))
+    plan = alpa.parallelize(step, method=method).plan(w, jnp.zeros((32, 16)), cluster=alpa.Cluster.dgx_a100())
+    found = plan.stages[0].activations
+    assert [(p.shape, p.dtype, p.spec) for p in found] == [
+        ((32, 128), "float32", ((0,), ())),
+        ((32, 64), "float32", ((0,), ())),
+    ]
+    assert plan.solver.budget_bytes == plan.cluster.device.memory_bytes
+    assert [c.peak_memory_bytes for c in plan.solver.considered] == [plan.predicted.peak_memory_bytes]
+
+
+def test_seconds_of_collectives_of_a_pipeline_are_those_of_its_busiest_mesh():
+    method = alpa.PipeshardParallel(num_micro_batches=4, stage_option=alpa.UniformStageOption(2), schedule="1f1b")
+    plan = alpa.parallelize(GPT.step, method=method).plan(
+        jax.eval_shape(GPT.init), GPT.abstract_batch(), cluster=alpa.Cluster.dgx_a100()
+    )
+    total = {s.devices: 0.0 for s in plan.stages}
+    for stage in plan.stages:
+        runs = 4 if stage.name.startswith(("forward", "backward")) else 1
+        total[stage.devices] += runs * sum(seconds for _, seconds in stage.collective_s)
+    assert len(total) == 2
+    assert min(abs(t - plan.predicted.communication_time_s) for t in total.values()) < 1e-12

@@ -17,7 +17,17 @@ from matplotlib.text import Text
 
 import alpa_like as alpa
 from alpa_like import viz
-from alpa_like.plan import Pin, Pipeline, PipelineStage, Placed, Plan, Predicted, SolverReport, StagePlan, bytes_text
+from alpa_like.plan import (
+    Candidate,
+    Pipeline,
+    PipelineStage,
+    Placed,
+    Plan,
+    Predicted,
+    SolverReport,
+    StagePlan,
+    bytes_text,
+)
 from alpa_like.schedule import SCHEDULES
 from alpa_like.viz.compare import changes
 from alpa_like.viz.folded import sections
@@ -48,10 +58,16 @@ def plan_of(stage, predicted, pipeline=None, cluster=CLUSTER, considered=()):
 def whole(shape=(2, 4), spec=((0,), (1,)), seconds=2.5e-3, cluster=CLUSTER):
     """A plan without a pipeline: 12 layers, 6 GiB at most, 2 ms of compute."""
     inputs = (*parameters(range(12), spec), Placed("batch['x']", (16, 1024), "float32", ((0,), ())))
-    pins = (Pin(3, 0, False, (((0,), ()),)), Pin(3, 0, True, (((0,), (1,)),)), Pin(4, 0, True, (((0,), ()),)))
-    stage = StagePlan("0", shape, ("x", "y"), (0, 8), inputs, (Placed("result[1]", (), "float32", ()),), pins)
+    inside = tuple(Placed(f"MLP/h{k}/up", (16, 4096), "float32", ((0,), (1,))) for k in range(12))
+    seconds_by_kind = (("all-gather", (seconds - 2e-3) * 0.8), ("slice", (seconds - 2e-3) * 0.2))
+    stage = StagePlan(
+        "0", shape, ("x", "y"), (0, 8), inputs, (Placed("result[1]", (), "float32", ()),), (),
+        collective_s=seconds_by_kind, activations=inside,
+    )  # fmt: skip
     predicted = Predicted(seconds, 2e-3, seconds - 2e-3, {"all-gather": 3e6, "all-reduce": 1e6}, 6.0 * GIB)
-    considered = (("8", 3e-3), ("2x4", seconds), ("4x2", math.inf))
+    considered = (
+        Candidate("8", 3e-3, 5.0 * GIB), Candidate("2x4", seconds, 6.0 * GIB), Candidate("4x2", math.inf, math.inf)
+    )  # fmt: skip
     return plan_of((stage,), predicted, cluster=cluster, considered=considered)
 
 
@@ -175,10 +191,22 @@ def test_breakdown_adds_up_to_the_step_on_every_mesh(name):
         assert seconds["forward"] == pytest.approx(plan.pipeline.num_micro_batches * sum(s.forward_s for s in own))
 
 
-def test_breakdown_without_pipeline_shares_communication_by_bytes():
+def test_breakdown_shows_the_seconds_of_every_kind_of_collective():
     figure = viz.breakdown(PLANS["whole"])
-    widths = {kind: named(figure, f"{kind} 0")[0].get_width() for kind in ("compute", "all-gather", "all-reduce")}
-    assert widths == pytest.approx({"compute": 2e-3, "all-gather": 3.75e-4, "all-reduce": 1.25e-4})
+    widths = {kind: named(figure, f"{kind} 0")[0].get_width() for kind in ("compute", "all-gather", "slice")}
+    assert widths == pytest.approx({"compute": 2e-3, "all-gather": 4e-4, "slice": 1e-4})
+
+
+def test_breakdown_of_a_pipeline_counts_the_collectives_of_every_micro_batch():
+    plan = PLANS["two"]
+    stages = tuple(replace(s, collective_s=(("all-reduce", 1e-3),)) for s in plan.stages)
+    update = replace(stages[0], name="update 0.0", collective_s=(("all-gather", 2e-3),))
+    figure = viz.breakdown(replace(plan, stages=(*stages, update)))
+    assert [named(figure, f"all-reduce {m}")[0].get_width() for m in (0, 1)] == pytest.approx([4e-3, 4e-3])
+    assert [b.get_width() for b in named(figure, "all-gather")] == pytest.approx([2e-3])
+    busy = [sum(named(figure, f"{k} {m}")[0].get_width() for k in ("forward", "backward", "update")) for m in (0, 1)]
+    compute = [named(figure, f"compute {m}")[0].get_width() for m in (0, 1)]
+    assert compute == pytest.approx([busy[0] - 6e-3, busy[1] - 4e-3])
 
 
 def test_stages_colours_every_device_by_its_stages():
@@ -199,7 +227,8 @@ def test_stages_of_a_plan_without_pipeline_shows_places_in_the_mesh():
 def test_every_parameter_of_the_plan_appears_in_shardings(name):
     plan = PLANS[name]
     tensors = [t for s in sections(plan) for t in s.tensors]
-    assert {path for t in tensors for path in t.paths} == {p.path for s in plan.stages for p in (*s.inputs, *s.outputs)}
+    shown = {p.path for s in plan.stages for p in (*s.inputs, *s.outputs, *s.activations)}
+    assert {path for t in tensors for path in t.paths} == shown
     written = texts(viz.shardings(plan))
     for tensor in tensors:
         assert short_path(tensor.name) in written
@@ -207,7 +236,8 @@ def test_every_parameter_of_the_plan_appears_in_shardings(name):
 
 
 def test_repeated_layers_and_their_optimizer_state_are_one_picture():
-    (section,) = sections(PLANS["whole"])
+    section, inside = sections(PLANS["whole"])
+    assert [(t.name, t.count, t.bytes_each) for t in inside.tensors] == [("MLP/h*/up", 12, 16 * 4096 * 4 / 8)]
     kernels, biases = section.tensors[0], section.tensors[1]
     assert (kernels.name, kernels.heads, kernels.count) == (
         "['h*']['up']['kernel']",
@@ -221,7 +251,7 @@ def test_repeated_layers_and_their_optimizer_state_are_one_picture():
 @pytest.mark.parametrize(("spec", "lines"), [(((0,), (1,)), [1, 3]), (((1, 0), ()), [4, 3]), (((), ()), [0, 0])])
 def test_a_tensor_is_cut_in_the_colours_of_the_axes_and_dark_where_one_device_has_it(spec, lines):
     plan = whole(spec=spec)
-    stage = replace(plan.stages[0], inputs=parameters([0], spec)[:1], outputs=(), pins=())
+    stage = replace(plan.stages[0], inputs=parameters([0], spec)[:1], outputs=(), activations=())
     figure = viz.shardings(replace(plan, stages=(stage,)))
     colors = [a.get_color() for a in figure.findobj(Line2D) if a.axes is None]
     assert [colors.count(c) for c in AXIS_COLORS[:2]] == lines
@@ -267,6 +297,7 @@ def test_tradeoff_ranks_what_was_tried_and_places_what_is_known():
     points = {a.get_gid(): (a.get_xdata()[0], a.get_ydata()[0]) for a in named(figure, "point")}
     assert points["point 1f1b, 2 stages, 4 micro-batches"] == pytest.approx((14, PLANS["two"].predicted.step_time_s))
     bars = {a.get_gid(): a.get_width() for a in named(figure, "candidate")}
+    assert points["point mesh 8"] == pytest.approx((5, 3e-3))
     assert bars["candidate mesh 8"] == pytest.approx(3e-3)
     assert bars["candidate mesh 4×2"] == 0
     assert " does not fit" in texts(figure)

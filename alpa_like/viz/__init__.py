@@ -24,10 +24,11 @@ from alpa_like.plan import (
     bytes_text,
     seconds_text,
 )
-from alpa_like.viz.bars import Breakdown, Busiest
+from alpa_like.viz.bars import Breakdown, Work
 from alpa_like.viz.candidates import Ranking, Scatter, candidates
 from alpa_like.viz.cluster_map import LayerStrip, stage_panels
 from alpa_like.viz.compare import Changes, Predictions, Strips, changes
+from alpa_like.viz.data import memory_limit
 from alpa_like.viz.held import Memory, MemoryBar
 from alpa_like.viz.style import MARGIN, WIDTH, Beside, Panel, png, sheet
 from alpa_like.viz.tensors import cards_of, largest
@@ -58,7 +59,7 @@ def overview(plan: Plan) -> Figure:
     else:
         few = plan.pipeline.num_meshes <= _FEW
         panels += [Timeline(plan), *([Breakdown(plan)] if few else []), Memory(plan)]
-    return sheet(_title(plan), _summary(plan), [*panels, largest(plan, 9)])
+    return sheet(_title(plan), _summary(plan), [*panels, *largest(plan, 9)])
 
 
 def stages(plan: Plan) -> Figure:
@@ -73,7 +74,7 @@ def shardings(plan: Plan) -> Figure:
     """Every argument, result and activation that the plan names, cut as its sharding cuts it.
 
     Tensors whose paths differ in numbers only are one picture, and the optimizer's state of a parameter stands with it
-    where it lies the same. Of what is inside a step without a pipeline a plan knows the layouts, not the shapes.
+    where it lies the same. Activations are those of the forward pass, one for all that must lie alike.
     """
     return sheet(f"Shardings of {plan.function}", [str(plan.cluster)], cards_of(plan))
 
@@ -93,17 +94,14 @@ def breakdown(plan: Plan) -> Figure:
     """Where the predicted time of a step goes, for each mesh."""
     panels: list[Panel] = [Breakdown(plan)]
     if plan.pipeline is not None:
-        panels.append(Busiest(plan))
+        panels.append(Work(plan))
     return sheet(f"Predicted time of {plan.function}", _summary(plan)[1:], panels)
 
 
 def tradeoff(plan: Plan, *others: Plan) -> Figure:
-    """Time against memory of a plan, of the meshes that were tried for it, and of other plans of the same step.
-
-    Of a mesh that was tried and not taken the plan knows the time alone.
-    """
+    """Time against memory of a plan, of the others that were considered for it, and of other plans of the same step."""
     found = tuple(candidates(plan, others))
-    scatter = Scatter(found, float(plan.cluster.device.memory_bytes))
+    scatter = Scatter(found, memory_limit(plan))
     return sheet(f"Time and memory of {plan.function}", [str(plan.cluster)], [Beside(Ranking(found), scatter, 5.6)])
 
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alpa_like.plan import Plan, seconds_text
-from alpa_like.viz.data import Mesh, collectives, meshes, seconds_by_mesh, sends_by_mesh
+from alpa_like.viz.data import Mesh, meshes, seconds_by_mesh, sends_by_mesh, work_by_mesh
 from alpa_like.viz.rows import LEGEND, TICKS, legend_above, names, row_height, time_rows
-from alpa_like.viz.style import FAINT, INK, KIND_COLORS, KIND_NAMES, LABELS, Box, put, text_width
+from alpa_like.viz.style import FAINT, INK, KIND_COLORS, KIND_NAMES, Box, put, text_width
 
 _MOST = 24
 Part = tuple[str, float]
@@ -38,12 +38,17 @@ class Breakdown:
     @cached_property
     def rows(self) -> list[list[Part]]:
         if self.plan.pipeline is None:
-            return [busiest(self.plan)]
+            return [list(work_by_mesh(self.plan)[0].items())]
         return [[(k, row[k]) for k in KIND_COLORS if row.get(k)] for row in seconds_by_mesh(self.plan)[:_MOST]]
 
     @cached_property
     def sends(self) -> list[float]:
         return sends_by_mesh(self.plan)
+
+    @property
+    def end_s(self) -> float:
+        """Where the axis ends: with the longest row."""
+        return max(sum(s for _, s in row) for row in self.rows)
 
     @property
     def row(self) -> float:
@@ -54,8 +59,7 @@ class Breakdown:
 
     def draw(self, figure: Figure, box: Box) -> None:
         rows = box.inside(top=LEGEND)
-        total = max(sum(s for _, s in row) for row in self.rows)
-        ax, inches_per_s = time_rows(figure, rows, len(self.rows), (0.0, total))
+        ax, inches_per_s = time_rows(figure, rows, len(self.rows), (0.0, self.end_s))
         for n, row in enumerate(self.rows):
             stacked(ax, n, row, inches_per_s)
             if self.sends[n]:
@@ -72,47 +76,58 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
-class Busiest:
-    """Compute and each kind of collective of the busiest mesh of a pipeline."""
+class Work(Breakdown):
+    """Of the meshes of a pipeline the same work as compute and kinds of collectives."""
 
-    plan: Plan
-    title: str = "Work of the busiest mesh (communication shared out by the bytes that each kind sends)"
+    @property
+    def title(self) -> str:
+        return "Compute and communication in this work"
 
-    def height(self, width: float) -> float:
-        return LEGEND + 0.36 + TICKS
+    @cached_property
+    def rows(self) -> list[list[Part]]:
+        return [[(k, row[k]) for k in KIND_COLORS if row.get(k)] for row in work_by_mesh(self.plan)[:_MOST]]
 
-    def draw(self, figure: Figure, box: Box) -> None:
-        parts = busiest(self.plan)
-        ax, inches_per_s = time_rows(figure, box.inside(top=LEGEND), 1, (0.0, sum(s for _, s in parts)))
-        stacked(ax, 0, parts, inches_per_s)
-        put(box.inside(top=LEGEND, bottom=TICKS).canvas(figure), LABELS - 0.08, 0.15, "busiest mesh", 7.5, ha="right")
-        legend_above(figure, box, [(k, KIND_COLORS.get(k, FAINT)) for k, _ in parts])
+    @cached_property
+    def sends(self) -> list[float]:
+        return [0.0] * len(self.rows)
+
+    @property
+    def end_s(self) -> float:
+        """Where that of the step ends, so that both can be compared."""
+        return Breakdown(self.plan).end_s
 
 
-def busiest(plan: Plan) -> list[Part]:
-    """Seconds of compute and of each kind of collective; all of a step without a pipeline."""
-    parts = [("compute", plan.predicted.compute_time_s), *collectives(plan)]
-    return [(kind, seconds) for kind, seconds in parts if seconds]
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """`size` is along the axis; of `texts` the first that fits stands in it."""
+
+    size: float
+    texts: tuple[str, ...]
+    color: str
+    name: str
+    ink: str = INK
 
 
 def stacked(ax: Axes, row: int, parts: Sequence[Part], inches_per_s: float) -> None:
     """Bars one behind the other; their seconds, or shares where there is less room, stand in them."""
-    left, total = 0.0, sum(s for _, s in parts)
-    for kind, seconds in parts:
-        ax.barh(
-            row + 0.42,
-            seconds,
-            height=0.68,
-            left=left,
-            color=KIND_COLORS.get(kind, FAINT),
-            edgecolor="white",
-            linewidth=0.6,
-            gid=f"{kind} {row}",
-        )
-        share = f"{100 * seconds / total:.0f} %"
-        texts = (f"{seconds_text(seconds)} · {share}", seconds_text(seconds), share)
-        text = next((t for t in texts if text_width(t, 7) + 0.04 < seconds * inches_per_s), "")
+    total = sum(s for _, s in parts)
+    stack(
+        ax, row, [_bar(kind, seconds, f"{100 * seconds / total:.0f} %", row) for kind, seconds in parts], inches_per_s
+    )
+
+
+def _bar(kind: str, seconds: float, share: str, row: int) -> Bar:
+    dark = kind in ("all-gather", "reduce-scatter", "communication")
+    texts = (f"{seconds_text(seconds)} · {share}", seconds_text(seconds), share)
+    return Bar(seconds, texts, KIND_COLORS.get(kind, FAINT), f"{kind} {row}", "white" if dark else INK)
+
+
+def stack(ax: Axes, row: int, bars: Sequence[Bar], inches_per_unit: float) -> None:
+    """Bars one behind the other in a row; `inches_per_unit` is the scale of the axis."""
+    left, at = 0.0, row + 0.42
+    for bar in bars:
+        ax.barh(at, bar.size, 0.68, left, color=bar.color, edgecolor="white", linewidth=0.6, gid=bar.name)
+        text = next((t for t in bar.texts if text_width(t, 7) + 0.04 < bar.size * inches_per_unit), "")
         if text:
-            dark = kind in ("all-gather", "reduce-scatter", "communication")
-            put(ax, left + seconds / 2, row + 0.42, text, 7, ha="center", color="white" if dark else INK)
-        left += seconds
+            put(ax, left + bar.size / 2, at, text, 7, ha="center", color=bar.ink)
+        left += bar.size

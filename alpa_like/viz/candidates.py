@@ -19,25 +19,33 @@ _ROW = 0.24
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan that was considered: what it was, its step, and its memory where that is known."""
+    """A plan that was considered: what it was, its step, and its memory per device; inf where nothing fits."""
 
     name: str
     step_s: float
-    memory_bytes: float | None
+    memory_bytes: float
     chosen: bool
 
 
 def candidates(plan: Plan, others: Sequence[Plan] = ()) -> list[Candidate]:
     """The plan, the meshes that were tried for it, and other plans."""
     mine = Candidate(_label(plan), plan.predicted.step_time_s, plan.predicted.peak_memory_bytes, True)
-    chosen = "x".join(map(str, plan.mesh_shape))
     tried = [
-        Candidate(f"mesh {name.replace('x', '×')}", s, None, False)
-        for name, s in plan.solver.considered
-        if name != chosen
+        Candidate(_tried(c.name, plan), c.step_time_s, c.peak_memory_bytes, False)
+        for c in plan.solver.considered
+        if (c.step_time_s, c.peak_memory_bytes) != (mine.step_s, mine.memory_bytes) or not _is_it(c.name, plan)
     ]
     more = [Candidate(_label(p), p.predicted.step_time_s, p.predicted.peak_memory_bytes, False) for p in others]
     return [mine, *tried, *more]
+
+
+def _is_it(name: str, plan: Plan) -> bool:
+    """Whether a candidate of that name and with the figures of the plan is the plan."""
+    return plan.pipeline is not None or name == "x".join(map(str, plan.mesh_shape))
+
+
+def _tried(name: str, plan: Plan) -> str:
+    return name if plan.pipeline is not None else f"mesh {name.replace('x', '×')}"
 
 
 def _label(plan: Plan) -> str:
@@ -106,16 +114,16 @@ def _ranked(ax: Axes, n: int, c: Candidate) -> None:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Time against memory of the candidates of which both are known, numbered as in `Ranking`."""
+    """Time against memory of the candidates that fit, numbered as in `Ranking`."""
 
     found: tuple[Candidate, ...]
     limit_bytes: float
-    title: str = "Time against memory, where both are known"
+    title: str = "Time against memory"
 
     @property
     def known(self) -> list[tuple[float, float, Candidate]]:
         """GiB, seconds, and whose they are."""
-        return [(c.memory_bytes / 2**30, c.step_s, c) for c in self.found if c.memory_bytes and c.step_s < math.inf]
+        return [(c.memory_bytes / 2**30, c.step_s, c) for c in self.found if c.step_s < math.inf]
 
     def height(self, width: float) -> float:
         return 3.0

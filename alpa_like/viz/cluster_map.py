@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from alpa_like.plan import Plan, bytes_text
-from alpa_like.viz.data import Mesh, mesh_text, meshes
+from alpa_like.viz.data import Mesh, memory_limit, mesh_text, meshes
 from alpa_like.viz.style import (
     ALARM,
     FAINT,
@@ -127,7 +127,7 @@ class ClusterMap:
     def _memory(self, ax: Canvas, mesh: Mesh, box: Box) -> None:
         if self.wide:
             return
-        share = mesh.memory_bytes / self.plan.cluster.device.memory_bytes
+        share = mesh.memory_bytes / memory_limit(self.plan)
         bar = Box(box.left + 0.03, box.top + box.height - 0.07, box.width - 0.06, 0.045)
         _rectangle(ax, bar, facecolor="white", edgecolor="none", alpha=0.75)
         full = Box(bar.left, bar.top, bar.width * min(1.0, share), bar.height)
@@ -209,7 +209,7 @@ class StageTable:
         self._memory(ax, mesh, Box(edges[4], y - 0.06, edges[5] - edges[4], 0.12))
 
     def _memory(self, ax: Canvas, mesh: Mesh, box: Box) -> None:
-        limit = float(self.plan.cluster.device.memory_bytes)
+        limit = memory_limit(self.plan)
         share, wide = mesh.memory_bytes / limit, 0.45
         _rectangle(ax, Box(box.left, box.top, wide, box.height), facecolor="white", edgecolor=MUTED, linewidth=0.6)
         fill = Box(box.left, box.top, wide * min(1.0, share), box.height)

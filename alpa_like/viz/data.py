@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from alpa_like.plan import (
@@ -18,6 +18,8 @@ from alpa_like.schedule import HELD_CHANGE
 from alpa_like.simulate import Event, Simulation
 
 WAIT = "waiting"
+MICRO_PIECES = ("forward", "backward", "input_grad", "weight_grad")
+"""What a stage runs once per micro-batch; the rest runs once a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,29 @@ def sends_by_mesh(plan: Plan) -> list[float]:
     return found
 
 
-def collectives(plan: Plan) -> list[tuple[str, float]]:
-    """The predicted communication of the busiest mesh by kind, in seconds, shared out by the bytes that each sends."""
-    traffic, total = plan.predicted.traffic_bytes, plan.predicted.total_traffic_bytes
-    seconds = plan.predicted.communication_time_s
-    if not total:
-        return [("other communication", seconds)] if seconds else []
-    return [(kind, seconds * n / total) for kind, n in sorted(traffic.items()) if n]
+def work_by_mesh(plan: Plan) -> list[dict[str, float]]:
+    """Per mesh the seconds of a step that go to each kind of collective and, what is left of its work, to compute."""
+    return [_work(plan, mesh, row) for mesh, row in zip(meshes(plan), seconds_by_mesh(plan), strict=True)]
+
+
+def _work(plan: Plan, mesh: Mesh, row: Mapping[str, float]) -> dict[str, float]:
+    collectives: dict[str, float] = {}
+    for stage in (s for s in plan.stages if s.devices == mesh.devices):
+        for kind, seconds in stage.collective_s:
+            collectives[kind] = collectives.get(kind, 0.0) + seconds * _runs(plan.pipeline, stage)
+    busy = sum(seconds for kind, seconds in row.items() if kind != WAIT)
+    return {"compute": max(0.0, busy - sum(collectives.values())), **collectives}
+
+
+def _runs(pipeline: Pipeline | None, stage: StagePlan) -> int:
+    """How often a mesh runs a piece in a step."""
+    is_micro = pipeline is not None and stage.name.partition(" ")[0] in MICRO_PIECES
+    return pipeline.num_micro_batches if pipeline is not None and is_micro else 1
+
+
+def memory_limit(plan: Plan) -> float:
+    """Bytes per device that the plan had to fit in."""
+    return plan.solver.budget_bytes or float(plan.cluster.device.memory_bytes)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -199,6 +217,6 @@ def _changes(pipeline: Pipeline | None, events: Iterable[Event], trains: bool) -
 
 
 def local_bytes(p: Placed, mesh_shape: Sequence[int]) -> float:
-    """Bytes of a tensor on one device."""
+    """Bytes of a tensor on one device; a dim that does not divide is padded."""
     parts = [math.prod(mesh_shape[a] for a in axes) for axes in p.spec]
-    return math.prod(n // k for n, k in zip(p.shape, parts, strict=True)) * itemsize(p.dtype)
+    return math.prod(-(-n // k) for n, k in zip(p.shape, parts, strict=True)) * itemsize(p.dtype)

@@ -35,12 +35,16 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The tensors of meshes that have the same: arguments, results, activations, the largest of each first."""
+    """The tensors of meshes that have the same: arguments, results, activations, the largest of each first.
+
+    `inside` says that all of them are activations.
+    """
 
     title: str
     mesh_shape: tuple[int, ...]
     axis_names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
+    inside: bool = False
 
 
 def cuts_of(spec: Spec, mesh_shape: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -49,7 +53,10 @@ def cuts_of(spec: Spec, mesh_shape: Sequence[int]) -> tuple[tuple[tuple[int, int
 
 
 def sections(plan: Plan) -> list[Section]:
-    """Every argument and result, then the activations that pipeline stages keep or hand on; equal meshes once."""
+    """Every argument and result, then the activations; equal meshes of a pipeline once.
+
+    Activations of a pipeline are those that its stages keep or hand on.
+    """
     found: dict[tuple[object, ...], tuple[list[str], Section]] = {}
     for stage in shown_stages(plan):
         kinds = (fold(stage.inputs, stage.mesh_shape), _results(stage), _activations(plan, stage))
@@ -60,7 +67,14 @@ def sections(plan: Plan) -> list[Section]:
         both = tuple(map(_of_another_mesh, section.tensors, tensors)) if names else tensors
         found[key] = ([*names, stage.name], replace(section, tensors=both))
     many = plan.pipeline is not None
-    return [replace(s, title=_section_title(names) if many else "all devices") for names, s in found.values()]
+    shown = [replace(s, title=_section_title(names) if many else "all devices") for names, s in found.values()]
+    return [*shown, *([] if many else _inside(plan.stages[0]))]
+
+
+def _inside(stage: StagePlan) -> list[Section]:
+    """The activations of a step without a pipeline."""
+    tensors = tuple(sorted(fold(stage.activations, stage.mesh_shape), key=by_size))
+    return [Section("activations", stage.mesh_shape, stage.axis_names, tensors, inside=True)] if tensors else []
 
 
 def _of_another_mesh(first: Tensor, other: Tensor) -> Tensor:
@@ -144,15 +158,3 @@ def _activations(plan: Plan, shown: StagePlan) -> list[Tensor]:
         ):
             found.extend(replace(t, name=what, heads=()) for t in fold(chosen, piece.mesh_shape))
     return found
-
-
-def pinned(stage: StagePlan) -> list[Tensor]:
-    """The layouts that are pinned inside the step, the most frequent first; their shapes are not in the plan."""
-    counts: dict[Spec, int] = {}
-    for pin in stage.pins:
-        counts[pin.path[-1]] = counts.get(pin.path[-1], 0) + 1
-    return [
-        Tensor(f"{n} operands and results", (), (), (), "", spec, cuts_of(spec, stage.mesh_shape), 0.0, n)
-        for spec, n in sorted(counts.items(), key=lambda item: -item[1])
-        if spec
-    ]

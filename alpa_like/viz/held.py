@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alpa_like.plan import Plan, bytes_text
-from alpa_like.viz.data import MemoryCurve, Mesh, memory_curves, meshes
+from alpa_like.viz.bars import Bar, stack
+from alpa_like.viz.data import MemoryCurve, Mesh, memory_curves, memory_limit, meshes
 from alpa_like.viz.rows import LEGEND, TICKS, legend_above, row_axes, swatches
-from alpa_like.viz.style import ALARM, INK, LABELS, MUTED, Box, bare, put, text_width, time_axis
+from alpa_like.viz.style import ALARM, INK, LABELS, MUTED, Box, bare, put, time_axis
 
 _MOST = 8
 _STATE = ("parameters, optimizer state, other arguments", "#88A0B8")
@@ -41,7 +42,7 @@ class Memory:
 
     @property
     def limit(self) -> float:
-        return float(self.plan.cluster.device.memory_bytes)
+        return memory_limit(self.plan)
 
     @property
     def most(self) -> float:
@@ -111,18 +112,13 @@ class MemoryBar:
 
     def draw(self, figure: Figure, box: Box) -> None:
         (curve,) = memory_curves(self.plan)
-        limit, most = float(self.plan.cluster.device.memory_bytes), curve.peak_bytes
+        limit, most = memory_limit(self.plan), curve.peak_bytes
         rows = box.inside(top=LEGEND)
         ax, width = row_axes(figure, rows, 1)
         end = 1.02 * (max(limit, most) if most >= _NEAR * limit else most or 1.0)
         ax.set_xlim(0, end)
-        left = 0.0
-        for (_, color), nbytes in ((_STATE, curve.state_bytes), (_OTHER, curve.other_bytes)):
-            ax.barh(0.42, nbytes, height=0.68, left=left, color=color, gid="memory")
-            text = f"{bytes_text(nbytes)}"
-            if text_width(text, 7) + 0.05 < nbytes * width / end:
-                put(ax, left + nbytes / 2, 0.42, text, 7, ha="center")
-            left += nbytes
+        parts = ((_STATE[1], curve.state_bytes), (_OTHER[1], curve.other_bytes))
+        stack(ax, 0, [Bar(n, (bytes_text(n),), color, "memory") for color, n in parts], width / end)
         if limit <= end:
             ax.axvline(limit, color=ALARM, linewidth=1.2, linestyle=(0, (4, 2)), gid="limit")
         _bytes_axis(ax, end)

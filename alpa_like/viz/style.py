@@ -49,9 +49,15 @@ KIND_COLORS = {
     "all-reduce": "#F0A884",
     "reduce-scatter": "#9A4A1C",
     "all-to-all": "#F0E442",
-    "other communication": "#BBBBBB",
+    "collective-permute": "#BBBBBB",
+    "slice": "#9FB6CB",
 }
-KIND_NAMES = {"input_grad": "backward: inputs", "weight_grad": "backward: weights", "send": "send to another mesh"}
+KIND_NAMES = {
+    "input_grad": "backward: inputs",
+    "weight_grad": "backward: weights",
+    "send": "send to another mesh",
+    "slice": "copies of parts",
+}
 
 
 def stage_color(stage: int) -> str:

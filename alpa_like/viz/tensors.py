@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from alpa_like.plan import Plan, bytes_text
 from alpa_like.viz.data import mesh_text
-from alpa_like.viz.folded import Section, Tensor, by_size, pinned, sections
+from alpa_like.viz.folded import Section, Tensor, by_size, sections
 from alpa_like.viz.glyphs import MINE, dims_text, glyph
 from alpa_like.viz.style import INK, MUTED, Box, Canvas, axis_color, legend, put, shortened, text_width
 
@@ -96,20 +96,17 @@ def head_text(head: str) -> str:
 
 
 def cards_of(plan: Plan) -> list[Cards]:
-    """All of a plan: per section its tensors, and without a pipeline the layouts inside the step."""
-    found = [Cards(s, _heading(s)) for s in sections(plan)]
-    if plan.pipeline is None and plan.stages[0].pins:
-        stage = plan.stages[0]
-        inside = Section("", stage.mesh_shape, stage.axis_names, tuple(pinned(stage)))
-        found.append(Cards(inside, f"Inside the step: {len(stage.pins)} pinned layouts"))
-    return found
+    """All of a plan: per section its tensors."""
+    return [Cards(s, _heading(s)) for s in sections(plan)]
 
 
-def largest(plan: Plan, most: int) -> Cards:
-    """The section with the largest tensors, cut short."""
-    best = max(sections(plan), key=lambda s: max((t.total_bytes for t in s.tensors), default=0.0))
+def largest(plan: Plan, most: int) -> list[Cards]:
+    """The section with the largest tensors, cut short; without a pipeline the largest activations besides."""
+    found = sections(plan)
+    best = max((s for s in found if not s.inside), key=lambda s: max((t.total_bytes for t in s.tensors), default=0.0))
     best = replace(best, tensors=tuple(sorted(best.tensors, key=by_size)))
-    return Cards(best, _heading(best), most, title="Sharding of the largest tensors")
+    cards = [Cards(best, _heading(best), most, title="Sharding of the largest tensors")]
+    return [*cards, *(Cards(s, _heading(s), most) for s in found if s.inside)]
 
 
 def _heading(section: Section) -> str:
