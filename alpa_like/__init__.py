@@ -43,6 +43,7 @@ from alpa_like.runtime.pipeline import PipelineExecutable
 from alpa_like.runtime.remote_arrays import RemoteArray
 from alpa_like.runtime.remote_executable import RemoteExecutable
 from alpa_like.training import prefetch, train
+from alpa_like.tune import tune
 
 __all__ = [
     "AlpaError",
@@ -88,6 +89,7 @@ __all__ = [
     "save_checkpoint",
     "shutdown",
     "train",
+    "tune",
     "value_and_grad",
 ]
 

@@ -1,8 +1,15 @@
 """Measures the devices of this process, and keeps what it measured: `Cluster.local()`.
 
 All devices are busy in every measurement, because emulated CPU devices share cores and memory: the figures are what
-one device gets while a sharded program runs on all of them. Measured are matmul FLOP/s per dtype, memory bandwidth of
-an element-wise op, and latency and bandwidth of an all-reduce over all devices, each as the median of a few runs.
+one device gets while a sharded program runs on all of them. Each figure is that of the fastest of a few runs, because
+whatever else runs on the machine only slows them down. Measured are
+
+    FLOP/s per dtype     a large matmul of row-major arrays
+    memory bandwidth     an element-wise op on an array that no cache holds
+    link                 all-reduces of several sizes over all devices, fitted to the formula for rings
+    profile              what a kernel takes at least; element-wise functions, simple and costly; an array that is
+                         read across its rows; every kind of collective among 2, 4, … devices, as a latency and a
+                         bandwidth of its own (emulated devices only: these meet in shared memory, without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one
 for each platform, kind and number of devices, jaxlib version and number of CPUs. A file that can't be read is measured
@@ -15,7 +22,6 @@ import json
 import logging
 import os
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +37,14 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import ClusterError
+from alpa_like.profiling import fastest, profile_of, rounded
 
 __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 1
+_FORMAT = 2
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}
@@ -184,29 +191,18 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
         memory_bytes=_memory_bytes(devices),
         memory_bandwidth_bytes_per_s=bandwidth,
         flops_efficiency=1.0,  # the measured rate is what a large matmul reaches
+        exposed=float(platform == "cpu"),  # cores wait for what they read
     )
     link = _all_reduce_link(mesh, sizes) if len(devices) > 1 else Link(bandwidth, _LONE_LATENCY_S)
     source = f"measured by alpa_like.calibrate with jaxlib {jaxlib_version}, all devices busy"
-    cluster = Cluster(f"local-{platform}", 1, len(devices), device, link, link, (source,))
+    profile = profile_of(mesh) if platform == "cpu" and len(devices) > 1 else None
+    cluster = Cluster(f"local-{platform}", 1, len(devices), device, link, link, (source,), profile=profile)
     _log.info("measured %s in %.1f s", cluster, time.perf_counter() - start)
     return cluster
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
 def _seconds_per_call(step: Callable[[jax.Array], jax.Array], x: jax.Array, sizes: _Sizes) -> float:
-    """Median seconds of `x = step(x)`; the first call, which compiles, is left out."""
-    x = jax.block_until_ready(step(x))
-    times: list[float] = []
-    for _ in range(sizes.runs):
-        start = time.perf_counter()
-        for _ in range(sizes.calls):
-            x = step(x)
-        jax.block_until_ready(x)
-        times.append((time.perf_counter() - start) / sizes.calls)
-    return statistics.median(times)
+    return fastest(step, x, calls=sizes.calls, runs=sizes.runs)
 
 
 def _split(mesh: Mesh, shape: tuple[int, ...], dtype: str, *, random: bool = False) -> jax.Array:
@@ -239,14 +235,14 @@ def _matmul_rate(mesh: Mesh, sizes: _Sizes, dtype: str, precision: jax.lax.Preci
     weights = jax.device_put(jax.random.normal(jax.random.key(1), (width, width), dtype) / width**0.5, replicated)
     multiply = jax.jit(lambda x, weights: jnp.matmul(x, weights, precision=precision))
     seconds = _seconds_per_call(lambda x: multiply(x, weights), x, sizes)
-    return _rounded(2 * rows * width * width / seconds)
+    return rounded(2 * rows * width * width / seconds)
 
 
 def _memory_bandwidth(mesh: Mesh, sizes: _Sizes) -> float:
     """Bytes per second and device of reading an array that no cache holds, and writing it in place."""
     x = _split(mesh, (sizes.stream_bytes // 4,), "float32")
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    return _rounded(2 * sizes.stream_bytes / _seconds_per_call(add, x, sizes))
+    return rounded(2 * sizes.stream_bytes / _seconds_per_call(add, x, sizes))
 
 
 def _all_reduce_link(mesh: Mesh, sizes: _Sizes) -> Link:
@@ -258,7 +254,7 @@ def _all_reduce_link(mesh: Mesh, sizes: _Sizes) -> Link:
     latency, inverse = (float(value) for value in np.linalg.lstsq(terms, np.ones(len(seconds)), rcond=None)[0])
     if latency <= 0 or inverse <= 0:  # noise: take each from the size that shows it best
         latency, inverse = float(seconds[0]) / steps, float(seconds[-1]) / (share * sizes.reduce_bytes[-1])
-    return Link(_rounded(1 / inverse), _rounded(latency))
+    return Link(rounded(1 / inverse), rounded(latency))
 
 
 def _all_reduce_seconds(mesh: Mesh, sizes: _Sizes, size: int) -> float:

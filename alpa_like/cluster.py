@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from alpa_like.errors import ClusterError
 
-__all__ = ["Cluster", "Device", "Link"]
+__all__ = ["CallTime", "Cluster", "Device", "Link", "Profile"]
 
 _GIB = 2**30
 
@@ -63,6 +63,12 @@ def _check_positive(what: str, value: object, *, or_zero: bool = False) -> None:
         raise ClusterError(f"{what} must be a finite number {bound}, found {value!r}")
 
 
+def _check_share(what: str, value: float, *, or_zero: bool = False) -> None:
+    _check_positive(what, value, or_zero=or_zero)
+    if value > 1:
+        raise ClusterError(f"{what} is a share, at most 1, found {value}")
+
+
 def _check_count(what: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ClusterError(f"{what} must be a whole number of at least 1, found {value!r}")
@@ -79,7 +85,9 @@ class Device:
 
     `float32` is true float32 on GPUs; what JAX does there by default from Ampere on is `tensorfloat32`. On TPUs
     JAX's default float32 matmul is one bfloat16 pass, so both figures are the same. `flops_efficiency` is the share
-    of the peak that large matmuls reach.
+    of the peak that large matmuls reach, `memory_efficiency` that of the bandwidth that large kernels reach.
+    `exposed` says what share of the shorter of a kernel's arithmetic and its memory traffic the longer one does not
+    hide: 0 is the roofline, 1 has them one after the other.
     """
 
     name: str
@@ -87,6 +95,8 @@ class Device:
     memory_bytes: int
     memory_bandwidth_bytes_per_s: float
     flops_efficiency: float
+    memory_efficiency: float = 1.0
+    exposed: float = 0.0
 
     def __post_init__(self) -> None:
         _check_name("the device's name", self.name)
@@ -98,9 +108,9 @@ class Device:
             _check_positive(f"{where}peak_flops of {dtype}", flops)
         _check_count(f"{where}memory_bytes", self.memory_bytes)
         _check_positive(f"{where}memory_bandwidth_bytes_per_s", self.memory_bandwidth_bytes_per_s)
-        _check_positive(f"{where}flops_efficiency", self.flops_efficiency)
-        if self.flops_efficiency > 1:
-            raise ClusterError(f"{where}flops_efficiency is a share, at most 1, found {self.flops_efficiency}")
+        _check_share(f"{where}flops_efficiency", self.flops_efficiency)
+        _check_share(f"{where}memory_efficiency", self.memory_efficiency)
+        _check_share(f"{where}exposed", self.exposed, or_zero=True)
 
     def flops_per_s(self, dtype: str) -> float:
         """Peak FLOP/s of dense matmuls in `dtype`, a NumPy or StableHLO name (`bfloat16`, `bf16`).
@@ -127,6 +137,59 @@ class Link:
     def __post_init__(self) -> None:
         _check_positive("a link's bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
         _check_positive("a link's latency_s", self.latency_s, or_zero=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CallTime:
+    """A collective among `members` devices of a host takes `latency_s`, plus its buffer at `bytes_per_s`.
+
+    The buffer is the one that `cost.ring_bytes` takes. All groups of the host communicate at once.
+    """
+
+    kind: str
+    members: int
+    latency_s: float
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        where = f"the time of {self.kind!r}"
+        _check_name("the kind of a collective", self.kind)
+        _check_count(f"{where}: members", self.members)
+        _check_positive(f"{where}: latency_s", self.latency_s, or_zero=True)
+        _check_positive(f"{where}: bytes_per_s", self.bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was measured on devices of peaks and rings don't tell; without it these are all that is known.
+
+    kernel_s: seconds that a kernel takes however little it does. simple_s and costly_s: seconds per element of an
+    addition and the like, and of an exponential and the like, in element-wise kernels that memory does not slow down.
+    transposed_s: seconds per element whose dims must be put in another order: a transpose in front of an element-wise
+    op, a matmul's left side that is contracted over another than its last dim, the result of an all-gather along
+    another than its first one.
+    calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
+    together into few calls where they don't wait for each other.
+    """
+
+    kernel_s: float
+    simple_s: float
+    costly_s: float
+    transposed_s: float
+    calls: tuple[CallTime, ...] = ()
+    joined: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what in ("kernel_s", "simple_s", "costly_s", "transposed_s"):
+            _check_positive(f"a profile's {what}", getattr(self, what), or_zero=True)
+        found = [(call.kind, call.members) for call in self.calls]
+        if found != sorted(set(found)):
+            raise ClusterError(f"a profile's calls must be sorted by kind and members, each once, found {found}")
+
+    def call(self, kind: str, members: int) -> CallTime | None:
+        """The entry of this kind with the most members that the group has, else of the fewest."""
+        mine = [call for call in self.calls if call.kind == kind]
+        return next((call for call in reversed(mine) if call.members <= members), mine[0] if mine else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +220,8 @@ class Cluster:
     `intra_host` is the link of a group that fills a host. Where a smaller group reaches fewer wires, `small_groups`
     pairs a number of members with its bandwidth: a group takes the entry of the most members that it has.
     `inter_host` is one device's share of its host's network, when all devices of the host send at once.
+    `exchange_groups` is like `small_groups`, up to a whole host, for all-to-alls: where not every device has a wire to
+    every other one, these are slower than rings. `profile` is what `Cluster.local` measured beyond that.
 
     Example: `Cluster("pair", 2, 4, device, Link(100e9, 3e-6), Link(3e9, 14e-6), ("measured by me",))`.
     """
@@ -169,6 +234,8 @@ class Cluster:
     inter_host: Link
     sources: tuple[str, ...]
     small_groups: tuple[tuple[int, float], ...] = ()
+    profile: Profile | None = None
+    exchange_groups: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_name("the cluster's name", self.name)
@@ -177,14 +244,16 @@ class Cluster:
         _check_count(f"{where}devices_per_host", self.devices_per_host)
         for source in self.sources:
             _check_name(f"{where}each source", source)
-        for members, bandwidth in self.small_groups:
-            _check_count(f"{where}the members of a small group", members)
-            _check_positive(f"{where}the bandwidth of a group of {members}", bandwidth)
-        counts = [members for members, _ in self.small_groups]
-        if counts != sorted(set(counts)) or (counts and not 2 <= counts[0] <= counts[-1] < self.devices_per_host):
-            raise ClusterError(
-                f"{where}small_groups must count 2 to {self.devices_per_host - 1} members, rising, found {counts}"
-            )
+        self._check_groups(f"{where}small_groups", self.small_groups, self.devices_per_host - 1)
+        self._check_groups(f"{where}exchange_groups", self.exchange_groups, self.devices_per_host)
+
+    def _check_groups(self, what: str, groups: tuple[tuple[int, float], ...], most: int) -> None:
+        for members, bandwidth in groups:
+            _check_count(f"{what}: the members", members)
+            _check_positive(f"{what}: the bandwidth of a group of {members}", bandwidth)
+        counts = [members for members, _ in groups]
+        if counts != sorted(set(counts)) or (counts and not 2 <= counts[0] <= counts[-1] <= most):
+            raise ClusterError(f"{what} must count 2 to {most} members, rising, found {counts}")
 
     def __str__(self) -> str:
         device = self.device
@@ -211,8 +280,14 @@ class Cluster:
         if devices_per_host == self.devices_per_host:
             return self if hosts == self.hosts else replace(self, hosts=hosts)
         inside = self._inside(devices_per_host)
-        small = tuple((n, b) for n, b in self.small_groups if n < devices_per_host)
-        return replace(self, hosts=hosts, devices_per_host=devices_per_host, intra_host=inside, small_groups=small)
+        return replace(
+            self,
+            hosts=hosts,
+            devices_per_host=devices_per_host,
+            intra_host=inside,
+            small_groups=tuple((n, b) for n, b in self.small_groups if n < devices_per_host),
+            exchange_groups=tuple((n, b) for n, b in self.exchange_groups if n <= devices_per_host),
+        )
 
     def axis_link(self, mesh_shape: tuple[int, ...], axis: int) -> Link:
         """`group_link` for the groups along one mesh axis."""
@@ -239,6 +314,14 @@ class Cluster:
         latency = (slow * self.inter_host.latency_s + (steps - slow) * inside.latency_s) / steps
         return Link(min(bandwidth, inside.bandwidth_bytes_per_s), latency)
 
+    def exchange_link(self, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> Link:
+        """`group_link` for all-to-alls: no faster than what `exchange_groups` says of the members in one host."""
+        link = self.group_link(mesh_shape, axes)
+        groups = _groups(self.devices_per_host, tuple(mesh_shape), tuple(axes))
+        inside = math.ceil(groups.members / groups.hosts)
+        known = [bandwidth for count, bandwidth in self.exchange_groups if count <= inside]
+        return Link(min(link.bandwidth_bytes_per_s, known[-1]), link.latency_s) if known else link
+
     def peer_link(self, source: int, destination: int) -> Link:
         """The link of messages between two devices, while all devices of the two hosts send such messages."""
         for device in (source, destination):
@@ -246,6 +329,11 @@ class Cluster:
                 raise ClusterError(f"cluster {self.name!r} has devices 0 to {self.num_devices - 1}, asked for {device}")
         same_host = source // self.devices_per_host == destination // self.devices_per_host
         return self._inside(2) if same_host else self.inter_host
+
+    def call(self, kind: str, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> CallTime | None:
+        """What `profile` says of a collective over `axes`; None where it says nothing or a group spans hosts."""
+        groups = _groups(self.devices_per_host, tuple(mesh_shape), tuple(axes))
+        return self.profile.call(kind, groups.members) if self.profile and groups.hosts == 1 else None
 
     def _inside(self, members: int) -> Link:
         if members < self.devices_per_host:
@@ -269,6 +357,9 @@ class Cluster:
         data["device"]["peak_flops"] = dict(self.device.peak_flops)
         data["sources"] = list(self.sources)
         data["small_groups"] = [list(pair) for pair in self.small_groups]
+        data["exchange_groups"] = [list(pair) for pair in self.exchange_groups]
+        if self.profile is None:
+            del data["profile"]
         return data
 
     @classmethod
@@ -285,7 +376,9 @@ class Cluster:
                 intra_host=Link(**data["intra_host"]),
                 inter_host=Link(**data["inter_host"]),
                 sources=tuple(data["sources"]),
-                small_groups=tuple((members, bandwidth) for members, bandwidth in data["small_groups"]),
+                small_groups=_pairs(data["small_groups"]),
+                exchange_groups=_pairs(data.get("exchange_groups", ())),
+                profile=_profile(data.get("profile")),
             )
         except ClusterError:
             raise
@@ -324,28 +417,30 @@ class Cluster:
 
         A V100 has 6 NVLinks: 2 lead to its best neighbour, 4 into its half of the cube, so a ring of 2, 4 or 8 uses
         2, 4 or 6. (Pairs such as GPUs 0 and 1 share one link only; groups that the scheduler places badly are slower.)
-        At NCCL's 20 GB/s per link, with nothing fitted, the formula is 8 % off on average from the 252 all-reduce times
-        on 2, 4 and 8 V100s that Aceso published. Its all-gather and reduce-scatter times (sizes of all-gathers read as
-        those of one shard) are 1.6 and 1.9 times the formula on average, as if they included copies of the result.
+        In an all-to-all each pair of GPUs has its own links or none, so the measured bandwidth does not grow with them.
+        Rings take NCCL's 20 GB/s per link; what is fitted to Aceso's measurements are `exchange_groups` and the shares
+        in `_V100`. `python -m benchmarks.v100_fidelity` compares the predictions with that data.
         """
         return cls(
             name="p3.16xlarge",
             hosts=hosts,
             devices_per_host=8,
             device=_V100,
-            intra_host=Link(6 * 20e9, _NVLINK_STEP_S),
+            # Steps of NCCL's Simple protocol: all-reduces of 1 MB on 2 and on 8 V100s differ by 3.4 µs per step.
+            intra_host=Link(6 * 20e9, 3.4e-6),
             # 25 Gbit/s shared by 8 devices. The latency is that of an InfiniBand step; Ethernet with TCP is slower.
-            inter_host=Link(25e9 / 8 / 8, _NETWORK_STEP_S),
+            inter_host=Link(25e9 / 8 / 8, 14e-6),
             sources=(
                 "NVIDIA, Tesla V100 data sheet (2018), table 'Specifications', column SXM2: FLOP/s, 16 GB, 900 GB/s",
                 "AWS, EC2 P3 launch post and instance page (2017): 8 V100, NVLink, 25 Gbit/s",
                 "NVIDIA, DGX-1 with Tesla V100 white paper (WP-08437), figure of the hybrid cube mesh: links per pair",
                 "NVIDIA/nccl, src/graph/topo.h: SM70_NVLINK_BW = 20 GB/s",
-                _NCCL_LATENCY,
-                "Aceso artifact (EuroSys'24), profiles of GPT layers: fp16 matmuls of hidden size 2048 and 2560 with 4 "
-                "and 8 samples of 2048 tokens, forward and backward, reach 89 to 92 of 125 TFLOP/s; all-reduce times",
+                "NVIDIA/nccl, src/graph/tuning.cc, hwLat, Ring/Simple: 3.4 µs per step on NVLink, 14 µs on the network",
+                "Z. Liu et al., Aceso (EuroSys'24), artifact, profiles on 8 V100 with NVLink: all-to-all times, and "
+                "times of GPT layers (1.3B) in fp16, from which the shares of the peaks come",
             ),
             small_groups=((2, 2 * 20e9), (4, 4 * 20e9)),
+            exchange_groups=((2, 34e9), (4, 50e9), (8, 45e9)),
         )
 
     @classmethod
@@ -422,6 +517,17 @@ class Cluster:
         return _tpu("tpu-v5p", hosts, 4, _TPU_V5P, 90e9, "Google Cloud, 'TPU v5p': 459 TFLOP/s, 95 GiB, 2765 GB/s")
 
 
+def _profile(data: dict[str, Any] | None) -> Profile | None:
+    if data is None:
+        return None
+    figures = {name: value for name, value in data.items() if name not in ("calls", "joined")}
+    return Profile(**figures, calls=tuple(CallTime(**call) for call in data["calls"]), joined=tuple(data["joined"]))
+
+
+def _pairs(groups: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((members, bandwidth) for members, bandwidth in groups)
+
+
 def _short(value: float) -> str:
     """A number and an SI prefix, such as `125 T` or `391 M`."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -448,12 +554,19 @@ _HOPPER_LINK_SOURCES = (
 )
 
 # "GB" of V100, A100 and H100 are GiB. The peak of float64 on A100 and H100 is that of its tensor cores.
+
+# The shares of the V100 are fitted to Aceso's times of a GPT-1.3B layer's operators, see `benchmarks/v100_fidelity`.
+# Its matmuls reach 0.69 of the peak forward and 0.81 backward, 0.76 over a step. Kernels that only move data reach
+# 0.75 of the bandwidth on average: softmax 0.73, dropout 0.78. The SMs have no asynchronous copies (they came with
+# the A100), so half of the shorter of arithmetic and traffic stays visible.
 _V100 = Device(
     name="V100-SXM2-16GB",
     peak_flops=(("float16", 125e12), ("float32", 15.7e12), ("float64", 7.8e12)),  # no bfloat16 units
     memory_bytes=16 * _GIB,
     memory_bandwidth_bytes_per_s=900e9,
-    flops_efficiency=0.72,
+    flops_efficiency=0.76,
+    memory_efficiency=0.75,
+    exposed=0.5,
 )
 
 _A100 = Device(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from alpa_like.cluster import Cluster, Link
+from alpa_like.cluster import CallTime, Cluster, Device, Link
 from alpa_like.errors import ClusterError
 
 __all__ = ["COLLECTIVES", "CostModel", "RingCost", "ring_bytes"]
@@ -45,6 +45,28 @@ class CostModel(Protocol):
         """Seconds to do `flops` in `dtype` while `nbytes` go through the device's memory."""
         ...
 
+    def elementwise_s(self, simple: float, costly: float, nbytes: float) -> float:
+        """Seconds of element-wise work: elements of simple and of costly functions, bytes through the memory."""
+        ...
+
+    def kernel_s(self, flops: float, nbytes: float, dtype: str, *, transposed: float) -> float:
+        """Seconds of an op that is a kernel of its own; `transposed` elements of its left side must be turned."""
+        ...
+
+    def turn_s(self, elements: float) -> float:
+        """Seconds that it takes longer to read elements whose dims lie in another order than a kernel wants."""
+        ...
+
+    @property
+    def joins_reductions(self) -> bool:
+        """Whether partial sums of gradients wait for each other, to be reduced by one collective."""
+        ...
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds that a kernel takes however little it does."""
+        ...
+
     def collective_s(self, kind: str, nbytes: float, axes: tuple[int, ...], *, combined: bool) -> float:
         """Seconds of one collective; `nbytes` as in `ring_bytes`. `combined`: it travels together with others."""
         ...
@@ -54,9 +76,15 @@ class CostModel(Protocol):
 class RingCost:
     """The roofline for compute, latency plus ring bytes over bandwidth for collectives.
 
+    The roofline is that of what the device reaches (`flops_efficiency`, `memory_efficiency`); where its kernels don't
+    hide all of the shorter of arithmetic and memory traffic, `exposed` adds a share of it.
+
     Assumptions: no overlap of compute and communication, every group of an axis communicates at once. XLA combines
     collectives that do not wait for each other (parameters, gradients) into few large ones, so those pay no latency.
     Where the platform has no reduce-scatter (XLA's CPU backend), one costs what the all-reduce does that stands in.
+
+    A cluster's `profile` goes before these formulas: measured calls for the collectives inside a host, of which only
+    the kinds that it names travel together, and what element-wise kernels and launches take.
     """
 
     cluster: Cluster
@@ -74,17 +102,37 @@ class RingCost:
         return "all-reduce" if kind == "reduce-scatter" and not self.native_reduce_scatter else kind
 
     def compute_s(self, flops: float, nbytes: float, dtype: str) -> float:
-        device = self.cluster.device
-        # JAX's default precision for float32 matmuls is TensorFloat-32 where the hardware has it.
-        peak = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype) * device.flops_efficiency
-        return max(flops / peak, nbytes / device.memory_bandwidth_bytes_per_s)
+        rate, bandwidth, exposed = _rates(self.cluster.device, dtype)
+        arithmetic, memory = flops / rate, nbytes / bandwidth
+        return max(arithmetic, memory) + exposed * min(arithmetic, memory)
+
+    def elementwise_s(self, simple: float, costly: float, nbytes: float) -> float:
+        memory, profile = self.compute_s(0.0, nbytes, "f32"), self.cluster.profile
+        return max(memory, simple * profile.simple_s + costly * profile.costly_s) if profile else memory
+
+    def kernel_s(self, flops: float, nbytes: float, dtype: str, *, transposed: float) -> float:
+        return self.launch_s + self.compute_s(flops, nbytes, dtype) + self.turn_s(transposed)
+
+    def turn_s(self, elements: float) -> float:
+        return elements * self.cluster.profile.transposed_s if self.cluster.profile else 0.0
+
+    @property
+    def joins_reductions(self) -> bool:
+        return self.cluster.profile is not None and self.emitted("reduce-scatter") in self.cluster.profile.joined
+
+    @property
+    def launch_s(self) -> float:
+        return self.cluster.profile.kernel_s if self.cluster.profile else 0.0
 
     def collective_s(self, kind: str, nbytes: float, axes: tuple[int, ...], *, combined: bool) -> float:
         members = math.prod(self.mesh_shape[a] for a in axes)
         if members == 1:
             return 0.0
         kind = self.emitted(kind)
-        link = _link(self.cluster, self.mesh_shape, axes)
+        if self.cluster.profile and (call := _call(self.cluster, kind, self.mesh_shape, axes)):
+            waits = not combined or kind not in self.cluster.profile.joined
+            return waits * call.latency_s + nbytes / call.bytes_per_s
+        link = (_exchange_link if kind == "all-to-all" else _link)(self.cluster, self.mesh_shape, axes)
         rounds = 2 if kind == "all-reduce" else 1
         sent = ring_bytes(kind, nbytes, members)
         latency = 0.0 if combined else rounds * (members - 1) * link.latency_s
@@ -94,3 +142,21 @@ class RingCost:
 @lru_cache(maxsize=4096)
 def _link(cluster: Cluster, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> Link:
     return cluster.group_link(mesh_shape, axes)
+
+
+@lru_cache(maxsize=4096)
+def _exchange_link(cluster: Cluster, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> Link:
+    return cluster.exchange_link(mesh_shape, axes)
+
+
+@lru_cache(maxsize=256)
+def _rates(device: Device, dtype: str) -> tuple[float, float, float]:
+    """FLOP/s and bytes/s that large kernels reach, and the device's `exposed`."""
+    # JAX's default precision for float32 matmuls is TensorFloat-32 where the hardware has it.
+    rate = device.flops_per_s("tensorfloat32" if dtype == "f32" else dtype) * device.flops_efficiency
+    return rate, device.memory_bandwidth_bytes_per_s * device.memory_efficiency, device.exposed
+
+
+@lru_cache(maxsize=4096)
+def _call(cluster: Cluster, kind: str, mesh_shape: tuple[int, ...], axes: tuple[int, ...]) -> CallTime | None:
+    return cluster.call(kind, mesh_shape, axes)

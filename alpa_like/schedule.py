@@ -84,12 +84,20 @@ class Schedule:
 
         A split backward pass ends with its `weight_grad`. Without a backward pass nothing is kept after the forward.
         """
+        return self.held(stage, "forward", "weight_grad")
+
+    def held(self, stage: int, since: Kind, until: Kind) -> int:
+        """The most micro-batches at once for which a stage has begun `since` and not ended `until`.
+
+        A whole backward pass counts as both of its halves: an `until` of either half ends with it. Where there is no
+        backward pass nothing is kept after the forward, so that it is one.
+        """
         if not self.trains:
             return 1
         held = most = 0
         for task in self.order[self.meshes[stage]]:
             if task.stage == stage:
-                held += HELD_CHANGE[task.kind]
+                held += (task.kind == since) - (task.kind in (until, "backward"))
                 most = max(most, held)
         return most
 

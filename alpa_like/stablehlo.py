@@ -330,7 +330,12 @@ def _single_factors(rule: Rule, dims: tuple[tuple[int, ...], ...], shape: tuple[
 
 
 def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) -> float:
-    """Floating-point operations of one execution: 2 per multiply-add of contractions, 1 per element otherwise."""
+    """Floating-point operations of one execution: 2 per multiply-add of contractions, 1 per element otherwise.
+
+    What only takes out or puts in a part has none, however large the whole is.
+    """
+    if name in ("stablehlo.dynamic_slice", "stablehlo.dynamic_update_slice", "stablehlo.gather"):
+        return 0.0
     if name in ("stablehlo.dot_general", "stablehlo.dot"):
         return 2.0 * math.prod(rule.sizes)
     if name == "stablehlo.convolution":

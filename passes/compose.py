@@ -89,6 +89,10 @@ class Composite:
     accumulate: Mapping[Var, int]
     arguments: Mapping[Var, int]
 
+    def piece_of(self, op: int) -> int:
+        """The number of the piece that an op belongs to; the last one for what lies between pieces."""
+        return next((i for i, (first, last) in enumerate(self.spans) if first <= op < last), len(self.spans) - 1)
+
 
 def compose(
     pieces: Sequence[StagePiece], graphs: Sequence[OpGraph], num_micro_batches: int, accumulated: Mapping[Var, str],

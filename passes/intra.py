@@ -34,9 +34,9 @@ from alpa_like.cost import CostModel
 from alpa_like.errors import PlanError
 from alpa_like.graph import Op, OpGraph, Rule, batch_dims, dtype_bits
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage
-from alpa_like.passes.groups import ACCUMULATE, Copy, Groups, Member, Port, wide_dims
+from alpa_like.passes.groups import ACCUMULATE, Copy, Groups, Member, Port, first_reader, wide_dims
 from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
-from alpa_like.passes.liveness import Liveness
+from alpa_like.passes.liveness import Flying, Liveness
 
 __all__ = ["Decision", "Restrictions", "ShardingProblem", "Spaces", "Spec", "build"]
 
@@ -51,6 +51,18 @@ _FREE_OPS = frozenset(
 _PADDED = frozenset(f"stablehlo.{n}" for n in ("dot_general", "reduce", "broadcast_in_dim", "transpose", "add"))
 """Node ops that the partitioner splits correctly when dims do not divide. It gets slices, pads, updates, scatters and
 others wrong then (wrong numbers, or an abort), so those are split evenly or not at all."""
+
+_COSTLY = frozenset(
+    f"stablehlo.{n}" for n in ("exponential", "tanh", "log", "logistic", "power", "rsqrt", "sine", "cosine")
+) | {"chlo.erf", "chlo.erf_inv", "stablehlo.exponential_minus_one", "stablehlo.log_plus_one", "stablehlo.cbrt"}
+"""Element-wise functions that are computed by a polynomial or a series."""
+
+_WORK = {
+    **dict.fromkeys(_COSTLY, 0.0),
+    **{f"stablehlo.{n}": 0.0 for n in ("convert", "reshape", "transpose", "bitcast_convert")},
+    **{f"stablehlo.{n}": 4.0 for n in ("divide", "sqrt", "remainder")},
+}
+"""Simple functions that an op amounts to, where it is not one."""
 
 _TIE_BREAK_S_PER_BYTE = 1e-21
 """Prefers the smaller of two layouts that cost the same: 1e-9 s per TB is below any real cost."""
@@ -114,6 +126,8 @@ class ShardingProblem:
     reshards: tuple[Reshard, ...] = ()
     lasting: tuple[Usage, ...] = ()
     """Memory of what is there all step, and of what is held per micro-batch in flight."""
+    others: tuple[Usage, ...] = ()
+    """Memory of the micro-batches in flight but the one that the graph runs for."""
     spaces: Spaces = field(default_factory=dict[Any, Any])
 
     def decode(self, choice: tuple[int, ...]) -> Decision:
@@ -163,6 +177,7 @@ class _Builder:
     lists: dict[object, list[State]] = field(default_factory=dict)
     reshards: list[Reshard] = field(default_factory=list[Reshard])
     flying: set[int] = field(default_factory=set[int])
+    others: list[Usage] = field(default_factory=list[Usage])
 
     def __post_init__(self) -> None:
         self.graph: OpGraph = self.groups.graph
@@ -177,12 +192,19 @@ class _Builder:
         pairs = self.pairs(domains, strategies)
         names = (*(f"group {g}" for g in range(len(domains))), *(f"op {op}" for op in self.groups.nodes))
         unary = (*group_costs, *op_costs)
-        usages = (*self.usages(domains), *self.totals(strategies, len(domains)))
+        usages = (*self.usages(domains), *self.totals(strategies, len(domains)), *self.held(domains, strategies))
         problem = AssignmentProblem(unary, pairs, usages, names=names)
         end = len(self.graph.ops) + 1
         lasting = tuple(u for u in usages if (u.start == 0 and u.end >= end) or id(u) in self.flying)
         return ShardingProblem(
-            problem, self.groups, [*domains, *strategies], unary, tuple(self.reshards), lasting, self.spaces
+            problem,
+            self.groups,
+            [*domains, *strategies],
+            unary,
+            tuple(self.reshards),
+            lasting,
+            tuple(self.others),
+            self.spaces,
         )
 
     # ------------------------------------------------------------------------------------------- choices
@@ -282,13 +304,32 @@ class _Builder:
             for m in self.groups.by_group[group]
             if m.version == "home"
         )
-        shape = self.groups.shapes[group]
-        key = ("group", shape, id(domain), nbytes)
+        shape, (simple, costly, kernels, turned) = self.groups.shapes[group], self.elementwise_work(group)
+        seconds = self.cost.elementwise_s(simple, costly, nbytes) + self.cost.turn_s(turned) + _TIE_BREAK_S_PER_BYTE
+        launches = kernels * self.cost.launch_s
+        key = ("group", shape, id(domain), seconds, launches)
         if key not in self.cache:
-            elements = self.elements(shape, domain)
-            per_byte = self.cost.compute_s(0.0, 1.0, "f32")
-            self.cache[key] = elements * (nbytes * per_byte + _TIE_BREAK_S_PER_BYTE)
+            self.cache[key] = self.elements(shape, domain) * seconds + launches
         return self.cache[key]
+
+    def elementwise_work(self, group: int) -> tuple[float, float, float, float]:
+        """Simple and costly functions per element of a group, the kernels that these come in, transposes per element.
+
+        A transpose is fused into each of its element-wise readers. Matmuls read their operands as they lie.
+        """
+        simple = costly = kernels = turned = 0.0
+        for m in self.groups.by_group[group]:
+            maker = self.graph.tensors[m.tensor].op
+            if m.version == "home" and maker >= 0 and self.graph.ops[maker].elementwise:
+                op = self.graph.ops[maker]
+                weight = _WORK.get(op.name, 1.0)
+                simple += weight * op.count
+                costly += (op.name in _COSTLY) * op.count
+                kernels += self.liveness.materialized[m.tensor] * op.count
+                if op.name == "stablehlo.transpose" and _reorders(op):
+                    readers = (self.graph.ops[u] for u, _ in self.graph.uses[m.tensor])
+                    turned += op.count * sum(r.elementwise for r in readers)
+        return simple, costly, kernels, turned
 
     def elements(self, shape: tuple[int, ...], domain: list[State]) -> npt.NDArray[np.float64]:
         space = self.space(shape, 32)
@@ -296,21 +337,23 @@ class _Builder:
 
     def op_costs(self, op: Op, strategies: list[State]) -> Costs:
         dtype = self.graph.tensors[(*op.operands, *op.results)[0]].dtype
-        bits = tuple(dtype_bits(self.graph.tensors[t].dtype) for t in (*op.operands, *op.results))
-        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name, dtype, bits)
+        tensors = tuple(self.graph.tensors[t] for t in (*op.operands, *op.results))
+        sizes = tuple((t.shape, dtype_bits(t.dtype)) for t in tensors)
+        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name, dtype, sizes)
         if key not in self.cache:
-            self.cache[key] = np.array([op.count * self.op_seconds(op, s, dtype, bits) for s in strategies])
+            self.cache[key] = np.array([op.count * self.op_seconds(op, s, dtype, sizes) for s in strategies])
         return self.cache[key]
 
-    def op_seconds(self, op: Op, strategy: State, dtype: str, bits: tuple[int, ...]) -> float:
+    def op_seconds(self, op: Op, strategy: State, dtype: str, sizes: tuple[tuple[tuple[int, ...], int], ...]) -> float:
         shards = _factor_shards(op.rule, strategy, self.mesh)
         local = [-(-size // n) for size, n in zip(op.rule.sizes, shards, strict=True)]
         share = math.prod(k / size for k, size in zip(local, op.rule.sizes, strict=True) if size)
         if op.name in _FREE_OPS:
             return share * op.flops * _TIE_BREAK_S_PER_BYTE
-        tensors = zip((*op.rule.operands, *op.rule.results), bits, strict=True)
-        nbytes = [math.prod(local[f] for dim in dims for f in dim) * b / 8 for dims, b in tensors]
-        return self.cost.compute_s(op.flops * share, _touched(op.name, nbytes), dtype)
+        tensors = zip((*op.rule.operands, *op.rule.results), sizes, strict=True)
+        nbytes = [_local_elements(dims, local, shape) * bits / 8 for dims, (shape, bits) in tensors]
+        turned = math.prod(local[f] for dim in op.rule.operands[0] for f in dim) if _turns(op) else 0.0
+        return self.cost.kernel_s(op.flops * share, _touched(op.name, nbytes), dtype, transposed=turned)
 
     def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
         node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
@@ -325,16 +368,8 @@ class _Builder:
             if i == j:
                 raise PlanError(f"tensor {copy.source.tensor} is needed in two layouts by one group")
             found.setdefault((i, j) if i < j else (j, i), []).append(costs if i < j else self.transposed(costs))
-            self.reshards.append((self.reader(copy), i, j, costs))
+            self.reshards.append((first_reader(self.graph, copy, self.liveness.segments), i, j, costs))
         return {edge: self.total(parts) for edge, parts in found.items()}
-
-    def reader(self, copy: Copy) -> int:
-        """The first op that reads a copy; behind the last op for results."""
-        segment = copy.target.version.partition(" ")[2]
-        if copy.target.version == "out":
-            return len(self.graph.ops)
-        readers = [op for op, _ in self.graph.uses[copy.target.tensor]]
-        return next((op for op in readers if self.liveness.segments.of(op) == int(segment or 0)), readers[0])
 
     def transposed(self, costs: Costs) -> Costs:
         return self.cache.setdefault(("transpose", id(costs)), np.ascontiguousarray(costs.T))
@@ -388,14 +423,25 @@ class _Builder:
         for (tensor, version), member in self.groups.members.items():
             interval = self.liveness.interval(tensor, version)
             if interval is not None:
-                bits = dtype_bits(self.graph.tensors[tensor].dtype) * self.liveness.copies.get(tensor, 1.0)
+                bits = dtype_bits(self.graph.tensors[tensor].dtype)
                 found.append(Usage(member.group, *interval, self.local_bytes(member.group, domains, bits)))
-                if tensor in self.liveness.copies and version == "home":
+                if tensor in self.liveness.flying and version == "home":
                     self.flying.add(id(found[-1]))
+                    found.extend(self.of_others(member.group, domains, bits, self.liveness.flying[tensor]))
                 if version.startswith("shared"):
                     home = self.groups.home(tensor).group
                     found.append(Usage(home, *interval, self.local_bytes(home, domains, -bits)))
         return tuple(found)
+
+    def of_others(self, group: int, domains: list[list[State]], bits: int, flying: Flying) -> list[Usage]:
+        """Memory of a tensor of the other micro-batches in flight."""
+        found = [
+            Usage(group, start, end, self.local_bytes(group, domains, bits * count))
+            for start, end, count in flying.others
+        ]
+        self.flying.add(id(found[0]))
+        self.others.extend(found)
+        return found
 
     def totals(self, strategies: list[list[State]], first: int) -> list[Usage]:
         """Memory of what is accumulated over micro-batches, for the whole step, at least in float32."""
@@ -407,6 +453,46 @@ class _Builder:
                 bits = max(32, dtype_bits(self.graph.tensors[op.results[0]].dtype))
                 found.append(Usage(first + i, 0, end, self.accumulated_bytes(op, choices, bits)))
         return found
+
+    def held(self, domains: list[list[State]], strategies: list[list[State]]) -> list[Usage]:
+        """Memory of partial sums of gradients that wait, whole, until all are there and one collective reduces them.
+
+        While it runs there are its operands and its results; what is kept of these has its own usage already.
+        """
+        if not self.cost.joins_reductions:
+            return []
+        waits = [(i, self.graph.ops[n]) for i, n in enumerate(self.groups.nodes) if self.waits(self.graph.ops[n])]
+        last, found = max((op.id for _, op in waits), default=0), list[Usage]()
+        for i, op in waits:
+            tensor = op.results[0]
+            bits = dtype_bits(self.graph.tensors[tensor].dtype)
+            nbytes = self.partial_bytes(op, strategies[i], bits)
+            home = self.groups.home(tensor).group
+            found.append(Usage(len(domains) + i, op.id, last + 1, nbytes))
+            found.append(Usage(len(domains) + i, last, last + 1, nbytes))
+            interval = self.liveness.interval(tensor, "home")
+            if interval is not None and interval[0] <= last < interval[1]:
+                found.append(Usage(home, last, last + 1, self.local_bytes(home, domains, -bits)))
+        return found
+
+    def waits(self, op: Op) -> bool:
+        """Whether an op makes a gradient of a parameter, once a step."""
+        single = len(op.results) == 1 and (op.results[0], "home") in self.groups.members
+        return single and op.count == 1 and bool(op.rule.reduction) and op.results[0] not in self.liveness.waiting
+
+    def partial_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
+        """Bytes of an op's result on one device; 0 where it is no partial sum."""
+        key = ("partial", op.rule, id(strategies), bits)
+        if key not in self.cache:
+            summed = [any(f in op.rule.reduction for f in s if f >= 0) for s in strategies]
+            self.cache[key] = np.array(summed) * self.result_bytes(op, strategies, bits)
+        return self.cache[key]
+
+    def result_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
+        factors = [f for dim in op.rule.results[0] for f in dim]
+        shards = [_factor_shards(op.rule, s, self.mesh) for s in strategies]
+        local = [math.prod(-(-op.rule.sizes[f] // n[f]) for f in factors) for n in shards]
+        return np.array(local, float) * bits / 8
 
     def accumulated_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
         key = ("total", op.rule, id(strategies), bits)
@@ -426,6 +512,11 @@ class _Builder:
         return self.cache[key]
 
 
+def _local_elements(dims: tuple[tuple[int, ...], ...], local: list[int], shape: tuple[int, ...]) -> int:
+    """Elements that a device has of a tensor; the factor of a dim that is sliced has the size from before the slice."""
+    return math.prod(min(n, math.prod(local[f] for f in dim)) for dim, n in zip(dims, shape, strict=True))
+
+
 def _touched(name: str, nbytes: list[float]) -> float:
     """Bytes that an op moves through memory, given those of its operands and its result on one device.
 
@@ -443,6 +534,22 @@ def _touched(name: str, nbytes: list[float]) -> float:
             return nbytes[0]
         case _:
             return sum(nbytes)
+
+
+def _reorders(op: Op) -> bool:
+    """Whether a transpose puts dims of more than one element in another order."""
+    before, after = (
+        [f for d in dims for f in d if op.rule.sizes[f] > 1] for dims in (op.rule.operands[0], op.rule.results[0])
+    )
+    return before != after
+
+
+def _turns(op: Op) -> bool:
+    """Whether the left side of a matmul is contracted over another than its last dim, as in gradients of weights."""
+    if op.name != "stablehlo.dot_general":
+        return False
+    dims = [d for d in op.rule.operands[0] if any(op.rule.sizes[f] > 1 for f in d)]
+    return bool(dims) and not set(dims[-1]) & set(op.rule.reduction)
 
 
 def _factor_shards(rule: Rule, strategy: State, mesh: tuple[int, ...]) -> list[int]:

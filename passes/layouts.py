@@ -144,9 +144,10 @@ class TensorSpace:
             seconds = self.cost.compute_s(0.0, self.local_bytes(target), "f32")
             return Move(kind, axes, source, target, 0.0, seconds)
         nbytes = self.local_bytes(target if kind == "all-gather" else source)
-        return Move(
-            kind, axes, source, target, nbytes, self.cost.collective_s(kind, nbytes, axes, combined=self.combined)
-        )
+        seconds = self.cost.collective_s(kind, nbytes, axes, combined=self.combined)
+        if kind == "all-gather" and source[axes[0]] > 0:  # parts come one behind the other, which is right for dim 0
+            seconds += self.cost.turn_s(self.local_elements(target))
+        return Move(kind, axes, source, target, nbytes, seconds)
 
     @cached_property
     def _possible_moves(self) -> list[Move]:

@@ -14,7 +14,7 @@ from functools import cached_property
 from alpa_like.graph import Op, OpGraph, batch_dims
 from alpa_like.passes.groups import ACCUMULATE, Segments
 
-__all__ = ["Liveness"]
+__all__ = ["Flying", "Liveness"]
 
 _FUSED = frozenset(
     f"stablehlo.{n}"
@@ -27,11 +27,32 @@ _COSTLY = frozenset(
 _READERS = frozenset(("stablehlo.reduce",))
 
 
+@dataclass(frozen=True, slots=True)
+class Flying:
+    """How many micro-batches hold a tensor at once. The graph runs for one of them; the others have it all the time.
+
+    Where ops of `start` to `end` run, which are those of the parts from the one that makes the tensor to the last that
+    reads it, the one that they run for is one of `count`; elsewhere in `micro`, the ops of micro-batches, it is not.
+    """
+
+    count: float
+    start: int
+    end: int
+    micro: tuple[int, int]
+
+    @property
+    def others(self) -> tuple[tuple[int, int, float], ...]:
+        """Half-open times, and how many others hold the tensor then. The first of them is all of `micro`."""
+        first, last = self.micro
+        outside = ((first, self.start, 1.0), (self.end, last, 1.0)) if self.count >= 1 else ()
+        return (first, last, max(0.0, self.count - 1)), *(time for time in outside if time[0] < time[1])
+
+
 @dataclass(frozen=True)
 class Liveness:
     """`donated` pairs arguments with the results that take their memory; `batch` are arguments with dim 0 the batch.
 
-    `kept` are tensors that a part of the graph hands to another, compiled apart; `copies` says of which tensors several
+    `kept` are tensors that a part of the graph hands to another, compiled apart; `flying` are those of which several
     exist at a time, one per micro-batch in flight.
     """
 
@@ -40,7 +61,7 @@ class Liveness:
     batch: frozenset[int] = frozenset()
     segments: Segments = field(default_factory=Segments)
     kept: frozenset[int] = frozenset()
-    copies: Mapping[int, float] = field(default_factory=dict[int, float])
+    flying: Mapping[int, Flying] = field(default_factory=dict[int, Flying])
 
     @cached_property
     def waiting(self) -> frozenset[int]:

@@ -12,24 +12,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 from jax.extend.core import Var
 
 from alpa_like.cost import CostModel
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import dtype_bits
-from alpa_like.passes.assignment import Costs, Solution
+from alpa_like.passes.assignment import Costs, Solution, Usage
 from alpa_like.passes.avals import dtype_of
 from alpa_like.passes.batch_rules import Same, Split, Status
 from alpa_like.passes.compose import Composite
 from alpa_like.passes.groups import ACCUMULATE, Groups, form_groups
 from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spaces, Spec, build
-from alpa_like.passes.liveness import Liveness
+from alpa_like.passes.liveness import Flying, Liveness
 from alpa_like.passes.pieces import StagePiece
-from alpa_like.passes.pins import PinWriter
+from alpa_like.passes.pins import PinWriter, by_seconds
 from alpa_like.passes.solve import estimate, least_memory, solve
 from alpa_like.plan import PartialSum, Pin, bytes_text
+from alpa_like.schedule import Kind
 
-__all__ = ["MeshProblem", "MeshSolution", "SolverOptions"]
+__all__ = ["Held", "MeshProblem", "MeshSolution", "SolverOptions"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Held:
+    """What a stage keeps of a micro-batch from the begin of its task `since` to the end of its task `until`."""
+
+    stage: int
+    since: Kind
+    until: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +82,34 @@ class MeshProblem:
         return form_groups(self.composite.graph, self.pairs, self.composite.segments)
 
     @cached_property
-    def held(self) -> dict[int, int]:
-        """Tensors that a piece leaves for later pieces of its micro-batch: tensor → stage."""
-        found: dict[int, int] = {}
-        for piece, (first, last) in zip(self.composite.pieces, self.composite.spans, strict=True):
+    def held(self) -> dict[int, Held]:
+        """Tensors that a piece leaves for later pieces of its micro-batch."""
+        return {t: self.holding(*pieces) for t, pieces in self.leaving.items()}
+
+    @cached_property
+    def leaving(self) -> dict[int, tuple[int, int]]:
+        """The tensors of `held`: the numbers of the piece that leaves them and of the last piece that reads them."""
+        found: dict[int, tuple[int, int]] = {}
+        graph = self.composite.graph
+        for number, (piece, (first, last)) in enumerate(zip(self.composite.pieces, self.composite.spans, strict=True)):
             if piece.kind not in ("forward", "input_grad"):
                 continue
             incoming = [self.composite.arguments[v] for v in piece.inputs if self.is_micro_argument(v)]
-            made = [t for op in self.composite.graph.ops[first:last] for t in op.results]
+            made = [t for op in graph.ops[first:last] for t in op.results]
             for tensor in (*incoming, *made):
-                if any(op >= last for op, _ in self.composite.graph.uses[tensor]):
-                    found[tensor] = piece.stage
-        accumulated = {self.composite.graph.ops[op].operands[0] for op in self.composite.accumulate.values()}
-        return {t: s for t, s in found.items() if t not in accumulated}
+                reader = max((op for op, _ in graph.uses[tensor]), default=-1)
+                if reader >= last:
+                    found[tensor] = number, self.composite.piece_of(reader)
+        accumulated = {graph.ops[op].operands[0] for op in self.composite.accumulate.values()}
+        return {t: pieces for t, pieces in found.items() if t not in accumulated}
+
+    def holding(self, maker: int, reader: int) -> Held:
+        """What is read last in the first half of a split backward pass is free behind that; all else at its end."""
+        made, read = self.composite.pieces[maker], self.composite.pieces[reader]
+        early = read.kind == "input_grad" and read.stage == made.stage
+        since: Kind = "input_grad" if made.kind == "input_grad" else "forward"
+        until: Kind = "input_grad" if early else "weight_grad"
+        return Held(made.stage, since, until)
 
     @cached_property
     def entering(self) -> tuple[int, ...]:
@@ -106,12 +132,23 @@ class MeshProblem:
         passed = {v for p in self.composite.pieces for v in p.outputs} & set(self.composite.tensors)
         return frozenset(self.composite.tensors[v] for v in passed) | frozenset(self.composite.totals.values())
 
-    def liveness(self, in_flight: Mapping[int, int]) -> Liveness:
+    @cached_property
+    def micro(self) -> tuple[int, int]:
+        """The ops of micro-batches, half-open."""
+        spans = [s for p, s in zip(self.composite.pieces, self.composite.spans, strict=True) if p.is_micro]
+        return (spans[0][0], spans[-1][1]) if spans else (0, 0)
+
+    def flying(self, tensor: int, count: float) -> Flying:
+        """A tensor of `held` where `count` micro-batches hold it."""
+        maker, reader = (self.composite.spans[piece] for piece in self.leaving[tensor])
+        return Flying(count, maker[0], reader[1], self.micro)
+
+    def liveness(self, in_flight: Mapping[Held, int]) -> Liveness:
         graph = self.composite.graph
         batch = [self.composite.arguments[v] for v in self.composite.arguments if self.status_dim(v) == 0]
         written = frozenset(pair for var, pair in self.replaced.items() if var in self.donated)
-        copies = {t: float(in_flight.get(s, 1)) for t, s in self.held.items()}
-        return Liveness(graph, written, frozenset(batch), self.composite.segments, self.kept, copies)
+        flying = {t: self.flying(t, float(in_flight.get(h, 1))) for t, h in self.held.items()}
+        return Liveness(graph, written, frozenset(batch), self.composite.segments, self.kept, flying)
 
     def status_dim(self, var: Var) -> int:
         status = self.statuses.get(var)
@@ -128,7 +165,7 @@ class MeshProblem:
         return Restrictions(tensors)
 
     def build(
-        self, cost: CostModel, in_flight: Mapping[int, int], spaces: Spaces | None = None
+        self, cost: CostModel, in_flight: Mapping[Held, int], spaces: Spaces | None = None
     ) -> tuple[Liveness, ShardingProblem]:
         """What there is to decide on the mesh of `cost`; remembered, as it is asked for with many prices of memory."""
         key = (cost, tuple(sorted(in_flight.items())))
@@ -138,7 +175,7 @@ class MeshProblem:
         return self.built[key]
 
     def solve(
-        self, cost: CostModel, budget: float, in_flight: Mapping[int, int], options: SolverOptions
+        self, cost: CostModel, budget: float, in_flight: Mapping[Held, int], options: SolverOptions
     ) -> MeshSolution:
         """The best sharding on the mesh of `cost`; `InfeasibleError` where it needs more than `budget` bytes."""
         liveness, problem = self.build(cost, in_flight)
@@ -149,7 +186,7 @@ class MeshProblem:
             raise self.too_large(self.least_bytes(cost, in_flight), budget) from None
         return MeshSolution(self, cost, liveness, replace(problem, problem=limited), solution)
 
-    def least_bytes(self, cost: CostModel, in_flight: Mapping[int, int]) -> float:
+    def least_bytes(self, cost: CostModel, in_flight: Mapping[Held, int]) -> float:
         """A lower bound on the peak per device on the mesh of `cost`."""
         key = (cost, tuple(sorted(in_flight.items())))
         if key not in self.least:
@@ -163,7 +200,7 @@ class MeshProblem:
     def price(
         self,
         cost: CostModel,
-        in_flight: Mapping[int, int],
+        in_flight: Mapping[Held, int],
         options: SolverOptions,
         price_s_per_byte: float,
         spaces: Spaces | None = None,
@@ -201,7 +238,7 @@ class MeshSolution:
     liveness: Liveness
     problem: ShardingProblem
     solution: Solution
-    flying: Mapping[int, int] = field(default_factory=dict[int, int])
+    flying: Mapping[Held, int] = field(default_factory=dict[Held, int])
 
     @cached_property
     def decision(self) -> Decision:
@@ -241,6 +278,20 @@ class MeshSolution:
             found[piece.name] = total / self._runs(piece)
         return found
 
+    @cached_property
+    def collective_s(self) -> dict[str, tuple[tuple[str, float], ...]]:
+        """Seconds by kind of collective in one run of each piece, by its name."""
+        ops = len(self.mesh.composite.graph.ops)
+        kinds: dict[str, list[float]] = {}
+        for reshard in self.writer.reshards():
+            for kind, seconds in reshard.seconds(self.cost).items():
+                kinds.setdefault(kind, [0.0] * (ops + 1))[min(reshard.op, ops)] += seconds
+        found: dict[str, dict[str, float]] = {p.name: {} for p in self.mesh.composite.pieces}
+        for kind, seconds in kinds.items():
+            for piece, total in zip(self.mesh.composite.pieces, self._by_piece(seconds), strict=True):
+                found[piece.name][kind] = total / self._runs(piece)
+        return {name: by_seconds(total) for name, total in found.items()}
+
     def _runs(self, piece: StagePiece) -> float:
         return max(self.mesh.composite.segments.counts) if piece.is_micro else 1.0
 
@@ -253,12 +304,8 @@ class MeshSolution:
             place = number
             if number < len(ops) and ops[number].name == ACCUMULATE:
                 place = made.get(ops[number].operands[0], 0)
-            totals[self._piece_of(place)] += value
+            totals[self.mesh.composite.piece_of(place)] += value
         return totals
-
-    def _piece_of(self, op: int) -> int:
-        spans = self.mesh.composite.spans
-        return next((i for i, (first, last) in enumerate(spans) if first <= op < last), len(spans) - 1)
 
     def _op_seconds(self) -> list[float]:
         """Seconds of a step by op; those of a group go to the ops that make its members. The last entry is the rest."""
@@ -284,12 +331,27 @@ class MeshSolution:
                 found[place] += total * weight / sum(weights)
 
     @cached_property
-    def in_flight_bytes(self) -> dict[int, float]:
-        """Bytes per device that one micro-batch in flight takes, by stage."""
-        found: dict[int, float] = {}
-        for tensor, stage in self.mesh.held.items():
-            found[stage] = found.get(stage, 0.0) + self.local_bytes(tensor)
+    def in_flight_bytes(self) -> dict[Held, float]:
+        """Bytes per device that one micro-batch in flight takes, by stage and from when to when."""
+        found: dict[Held, float] = {}
+        for tensor, held in self.mesh.held.items():
+            found[held] = found.get(held, 0.0) + self.local_bytes(tensor)
         return found
+
+    @cached_property
+    def counts(self) -> dict[Held, float]:
+        """The micro-batches in flight that `flying` says, else those that it was solved for."""
+        solved = {h: self.liveness.flying[t].count for t, h in self.mesh.held.items()}
+        return {h: float(self.flying.get(h, n)) for h, n in solved.items()}
+
+    def micro_bytes(self, stage: int) -> float:
+        """Bytes per device that a stage holds of a micro-batch in flight.
+
+        Where some of it is held for fewer micro-batches than the rest, so much less: times the micro-batches in flight
+        it is what the stage holds in all.
+        """
+        mine = {h: n for h, n in self.counts.items() if h.stage == stage}
+        return sum(n * self.in_flight_bytes[h] for h, n in mine.items()) / max(mine.values(), default=1.0)
 
     def local_bytes(self, tensor: int) -> float:
         t = self.mesh.composite.graph.tensors[tensor]
@@ -301,16 +363,25 @@ class MeshSolution:
         """Bytes per device that are held all step: the state, and what is accumulated."""
         choice = self.solution.choice
         lasting = sum(float(u.bytes[choice[u.node]]) for u in self.problem.lasting)
-        flying = sum(self.local_bytes(t) * self.liveness.copies.get(t, 1.0) for t in self.mesh.held)
+        flying = sum(self.local_bytes(t) * max(1.0, self.liveness.flying[t].count) for t in self.mesh.held)
         return max(0.0, lasting - flying)
 
     @cached_property
     def memory_bytes(self) -> float:
-        """Peak per device, with the micro-batches in flight that `flying` says, else those that it was solved for."""
-        solved = float(self.problem.problem.memory(self.solution.choice)[0])
-        held = {s: self.liveness.copies[t] for t, s in self.mesh.held.items() if t in self.liveness.copies}
-        more = (self.flying.get(s, n) - n for s, n in held.items())
-        return solved + sum(m * self.in_flight_bytes[s] for s, m in zip(held, more, strict=True))
+        """Peak per device, with the micro-batches in flight that `counts` says."""
+        problem = self.problem.problem
+        solved_for = {id(u) for u in self.problem.others}
+        own = tuple(u for u in problem.usages if id(u) not in solved_for)
+        return replace(problem, usages=(*own, *self._others())).memory(self.solution.choice)[0]
+
+    def _others(self) -> list[Usage]:
+        """Memory of the micro-batches in flight but the one that the graph runs for, as they were decided."""
+        found: dict[tuple[int, int], float] = {}
+        for tensor, held in self.mesh.held.items():
+            for start, end, count in self.mesh.flying(tensor, self.counts[held]).others:
+                found[start, end] = found.get((start, end), 0.0) + count * self.local_bytes(tensor)
+        like = self.problem.problem.unary[0]
+        return [Usage(0, *time, np.full(like.shape, nbytes)) for time, nbytes in found.items()]
 
     @cached_property
     def step_s(self) -> float:
@@ -319,6 +390,6 @@ class MeshSolution:
         runs = {p.name: micro if p.is_micro else 1.0 for p in self.mesh.composite.pieces}
         return sum(seconds * runs[name] for name, seconds in self.seconds.items())
 
-    def in_flight(self, flying: Mapping[int, int]) -> MeshSolution:
-        """The same with other numbers of micro-batches in flight, by stage."""
+    def in_flight(self, flying: Mapping[Held, int]) -> MeshSolution:
+        """The same with other numbers of micro-batches in flight."""
         return replace(self, flying=dict(flying))

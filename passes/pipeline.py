@@ -23,7 +23,7 @@ from alpa_like.passes.avals import shape_of
 from alpa_like.passes.compose import GraphReader, compose
 from alpa_like.passes.layers import Layers
 from alpa_like.passes.layouts import PARTIAL
-from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
+from alpa_like.passes.mesh_plan import Held, MeshProblem, MeshSolution, SolverOptions
 from alpa_like.passes.microbatch import MicroProgram
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.pipeshard import PipeshardParallel
@@ -145,30 +145,29 @@ class PipelineWriter:
 
     def solve(self, pieces: Pieces, specs: Sequence[StageSpec], schedule: Schedule) -> list[MeshSolution]:
         """The sharding of every mesh."""
-        flying = {i: schedule.in_flight(i) for i in range(schedule.num_stages)}
         found: dict[int, MeshSolution] = {}
-        for number in self.tightest_first(pieces, flying):
+        for number in self.tightest_first(pieces, schedule):
             spec = next(s for s, r in zip(specs, pieces.stages, strict=True) if r.mesh == number)
             problem = mesh_problem(self.trace, pieces, number, self.reader)
             try:
-                found[number] = self.best(problem, spec, flying)
+                found[number] = self.best(problem, spec, schedule)
             except InfeasibleError as error:
                 raise InfeasibleError(too_large(pieces, number, spec, schedule, str(error))) from None
         return [found[number] for number in range(pieces.num_meshes)]
 
-    def tightest_first(self, pieces: Pieces, flying: Mapping[int, int]) -> list[int]:
+    def tightest_first(self, pieces: Pieces, schedule: Schedule) -> list[int]:
         """The meshes, those first that hold more micro-batches than under 1F1B: what can't fit is found out early."""
         count = len(pieces.stages)
         most = {r.mesh: 0.0 for r in pieces.stages}
         for i, stage in enumerate(pieces.stages):
-            most[stage.mesh] = max(most[stage.mesh], flying[i] / (count - i))
+            most[stage.mesh] = max(most[stage.mesh], schedule.in_flight(i) / (count - i))
         return sorted(range(pieces.num_meshes), key=lambda mesh: (-most[mesh], mesh))
 
-    def best(self, problem: MeshProblem, spec: StageSpec, flying: Mapping[int, int]) -> MeshSolution:
+    def best(self, problem: MeshProblem, spec: StageSpec, schedule: Schedule) -> MeshSolution:
         """The fastest of the meshes that a stage may have."""
         part = self.cluster.part(spec.hosts, spec.devices_per_host)
         shapes = [spec.mesh_shape] if spec.mesh_shape else mesh_shapes(part)
-        mine = {s: flying[s] for s in set(problem.held.values())}
+        mine = {h: schedule.held(h.stage, h.since, h.until) for h in sorted(set(problem.held.values()))}
         found = [self.fitting(problem, part, shape, mine, spec.price) for shape in shapes]
         fits = [(s, price) for s, price in found if s.memory_bytes <= self.budget]
         if fits:
@@ -179,7 +178,7 @@ class PipelineWriter:
         return problem.solve(cost, self.budget, mine, options)  # says what is missing, or finds what prices don't
 
     def fitting(
-        self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[int, int], price: float
+        self, problem: MeshProblem, part: Cluster, shape: tuple[int, ...], flying: Mapping[Held, int], price: float
     ) -> tuple[MeshSolution, float]:
         """A solution at the lowest price of memory at which it fits, and that price; the last where none does."""
         solution, before = self.priced(problem, part, shape, price).in_flight(flying), math.inf
@@ -327,6 +326,7 @@ class _PlanWriter:
             ),
             tuple(self.accumulators(piece, first)),
             skeleton(composite.graph, first, last),
+            solution.collective_s[piece.name],
         )
 
     def devices(self, mesh: int) -> tuple[int, int]:
@@ -397,7 +397,7 @@ class _PlanWriter:
         backward = seconds.get("backward", inputs + weights)
         return PipelineStage(
             r.first, r.last, r.mesh, r.remat, self.schedule.in_flight(stage),
-            solution.in_flight_bytes.get(stage, 0.0), seconds.get("forward", 0.0), backward, inputs, weights,
+            solution.micro_bytes(stage), seconds.get("forward", 0.0), backward, inputs, weights,
         )  # fmt: skip
 
     def update_s(self, mesh: int) -> float:
@@ -443,6 +443,7 @@ class _PlanWriter:
             sum(s.seconds for s in found),
             sum(s.variables for s in found),
             next((s.solver for s in found if s.variables), found[0].solver),
+            budget_bytes=self.owner.budget,
         )
 
 

@@ -23,7 +23,7 @@ from alpa_like.passes.microbatch import batch_size, split_batch
 from alpa_like.passes.pipeline import PipelineWriter, StageSpec, schedule_of
 from alpa_like.passes.planner import make_plan
 from alpa_like.passes.stage_costs import LayerCosts, Tag
-from alpa_like.passes.stage_search import Choice, Search, search
+from alpa_like.passes.stage_search import Choice, Search, Submesh, search
 from alpa_like.pipeshard import (
     AutoLayerOption,
     AutoStageOption,
@@ -32,7 +32,7 @@ from alpa_like.pipeshard import (
     PipeshardParallel,
     UniformStageOption,
 )
-from alpa_like.plan import Pipeline, Plan
+from alpa_like.plan import Candidate, Pipeline, Plan
 from alpa_like.schedule import Schedule, make_schedule
 from alpa_like.simulate import Times, simulate
 from alpa_like.tracer import Trace
@@ -53,6 +53,9 @@ _WORTH_IT = 0.002
 
 _MOST_PARTS = 64
 """Into so many parts a loop over layers is cut at most, for the search of stages."""
+
+_ROUNDS = 3
+"""How often the search is repeated at most with what the chosen stages taught it."""
 
 _SHARES = (1.0, 0.9, 0.8, 0.65)
 """Shares of the memory that the search for stages reckons with, until the stages that it finds fit as a whole."""
@@ -113,6 +116,7 @@ def _one_loop_per_stage(
     except InfeasibleError:
         return parts
     assert final.pipeline is not None
+    final = replace(final, solver=replace(final.solver, considered=(*plan.solver.considered, *whole.considered)))
     return replace(final, pipeline=replace(final.pipeline, scan=(length, merged)))
 
 
@@ -123,6 +127,8 @@ class _Planner:
     method: PipeshardParallel
     layered: dict[int, Layers] = field(default_factory=dict[int, Layers])
     priced: dict[int, LayerCosts] = field(default_factory=dict[int, LayerCosts])
+    considered: list[Candidate] = field(default_factory=list[Candidate])
+    """What was written, each once."""
 
     specs: list[StageSpec] = field(default_factory=list[StageSpec])
 
@@ -130,6 +136,13 @@ class _Planner:
         self.writer = PipelineWriter(self.trace, self.cluster, self.method)
 
     def plan(self) -> Plan:
+        """The best plan; its report has all that were considered."""
+        plan = self.chosen()
+        if plan.pipeline is None:
+            return plan
+        return replace(plan, solver=replace(plan.solver, considered=tuple(self.considered)))
+
+    def chosen(self) -> Plan:
         asked = self.method.num_micro_batches
         count = self.best_count() if asked == "auto" else asked
         layers = self.layers(count)
@@ -257,23 +270,65 @@ class _Planner:
     def written(self, layers: Layers, specs: list[StageSpec], name: str) -> Plan:
         self.specs = specs
         schedule = schedule_of(name, specs, layers.program.num_micro_batches)
-        return self.writer.plan(layers, specs, schedule)
+        try:
+            plan = self.writer.plan(layers, specs, schedule)
+        except InfeasibleError:
+            self.consider(name, specs, math.inf, math.inf)
+            raise
+        self.consider(name, specs, plan.predicted.step_time_s, plan.predicted.peak_memory_bytes)
+        return plan
+
+    def consider(self, name: str, specs: list[StageSpec], step_time_s: float, memory_bytes: float) -> None:
+        """Remember a plan for the report."""
+        what = f"{name}, {len(specs)} stage{'s' * (len(specs) > 1)}"
+        known = [c for c in self.considered if c.name.partition(" (")[0] == what]
+        found = Candidate(f"{what} ({len(known) + 1})" if known else what, step_time_s, memory_bytes)
+        if all(replace(c, name=found.name) != found for c in known):
+            self.considered.append(found)
 
     def searched(self, layers: Layers, option: AutoStageOption, name: str) -> Plan:
         """The stages that the dynamic program finds.
 
         It reckons with sums of layers: where a stage turns out not to fit as a whole, it is repeated with less memory.
         How much a stage waits for what it sends depends on the others; so it searches once with all of that waiting and
-        once with none, and the plans themselves decide.
+        once with none, and the plans themselves decide. Where stages as a whole turn out slower, it searches again.
         """
         failure: InfeasibleError | None = None
         for share in _SHARES:
             found = [self.found(layers, option, name, share, waits=waits) for waits in (True, False)]
             try:
-                return self.better(layers, name, *found)
+                return self.improved(layers, option, name, share, self.better(layers, name, *found))
             except InfeasibleError as error:
                 failure = error
         raise failure or InfeasibleError("no stages fit in memory")
+
+    def improved(self, layers: Layers, option: AutoStageOption, name: str, share: float, plan: Plan) -> Plan:
+        """The fastest plan of repeated searches, as long as stages turn out slower than the sums of their layers."""
+        best, kept = plan, self.specs
+        for _ in range(_ROUNDS):
+            if not self.news(layers, plan):
+                break
+            try:
+                found = [self.found(layers, option, name, share, waits=waits) for waits in (True, False)]
+                plan = self.better(layers, name, *found)
+            except InfeasibleError:
+                break
+            if plan.predicted.step_time_s < best.predicted.step_time_s:
+                best, kept = plan, self.specs
+        self.specs = kept
+        return best
+
+    def news(self, layers: Layers, plan: Plan) -> bool:
+        """Whether a plan says that stages are slower than the search reckons; later searches reckon with it."""
+        assert plan.pipeline is not None
+        costs, found = self.costs(layers), False
+        for spec, stage in zip(self.specs, plan.pipeline.stages, strict=True):
+            submesh, tag = (
+                Submesh(spec.hosts, spec.devices_per_host),
+                Tag(spec.mesh_shape or (), spec.remat, spec.price),
+            )
+            found |= costs.learn(spec.first, spec.last, submesh, tag, stage.forward_s + stage.backward_s)
+        return found
 
     def better(self, layers: Layers, name: str, first: Search, second: Search) -> Plan:
         """The faster of two plans, as far as the estimate of the second one is near."""

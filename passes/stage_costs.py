@@ -7,6 +7,7 @@ for each two neighbours, what the pair costs more than the two alone:
 
 Equal layers are priced once, so a range of n equal layers costs no more to price than one of two. The stages that are
 chosen in the end are solved as they are, so this decides which stages there are, and not what the plan says of them.
+Where these then take longer than their sums, `learn` raises the sums of all stages that are run in the same way.
 
 Where memory is short, options that take less of it at the price of time are offered: layers computed again in the
 backward pass, and shardings found with a price on lasting bytes.
@@ -30,7 +31,7 @@ from alpa_like.passes.flat import nbytes
 from alpa_like.passes.intra import Spaces
 from alpa_like.passes.layers import Layers
 from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
-from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
+from alpa_like.passes.pieces import PieceKind, Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import EMULATED, problem_of
 from alpa_like.passes.stage_search import Option, Submesh
 from alpa_like.pipeshard import RematMode
@@ -48,6 +49,9 @@ _HELPS = 0.98
 """A higher price of memory must bring the bytes down to this share, or no higher one is tried."""
 
 _MODES: dict[RematMode, tuple[bool, ...]] = {"none": (False,), "layer": (True,), "auto": (False, True)}
+
+_NEWS = 1.03
+"""So many times the seconds reckoned with, and more, are reason to search for other stages."""
 
 _IN_FLIGHT = 4
 """Micro-batches in flight that a memory price reckons with."""
@@ -74,14 +78,15 @@ class _Measure:
     peak_bytes: float
     entering_bytes: float = 0.0
 
-    def computed_again(self) -> _Measure:
-        """With rematerialization: the forward pass runs twice, and of a micro-batch only what enters is held.
+    def computed_again(self, share: float) -> _Measure:
+        """With rematerialization: a share of the forward pass runs twice; of a micro-batch only what enters is held.
 
         What the layers make in between lives while one micro-batch's backward pass runs. The second forward pass is
         taken to be sharded as the first.
         """
+        again_s = share * self.forward_s
         return _Measure(
-            self.forward_s, self.backward_s + self.forward_s, self.update_s, self.fixed_bytes, self.entering_bytes,
+            self.forward_s, self.backward_s + again_s, self.update_s, self.fixed_bytes, self.entering_bytes,
             self.peak_bytes + max(0.0, self.micro_bytes - self.entering_bytes), self.entering_bytes,
         )  # fmt: skip
 
@@ -115,6 +120,8 @@ class LayerCosts:
     solves: int = 0
     known: dict[object, _Measure] = field(default_factory=dict[object, _Measure])
     sums: dict[object, list[_Measure]] = field(default_factory=dict[object, list[_Measure]])
+    slower: dict[object, float] = field(default_factory=dict[object, float])
+    shares: dict[str, float] = field(default_factory=dict[str, float])
     kinds: dict[tuple[int, ...], str] = field(default_factory=dict[tuple[int, ...], str])
     problems: dict[object, MeshProblem] = field(default_factory=dict[object, MeshProblem])
     spaces: dict[object, Spaces] = field(default_factory=dict[object, Spaces])
@@ -147,9 +154,21 @@ class LayerCosts:
 
     def option(self, first: int, last: int, submesh: Submesh, tag: Tag) -> Option:
         m, send = self.range(first, last, submesh, tag), self.waiting_s(last, submesh)
-        return Option(
-            m.forward_s + send, m.backward_s + send, m.update_s, m.fixed_bytes, m.micro_bytes, m.peak_bytes, tag
-        )
+        slower = self.slower.get((submesh, tag.mesh_shape, tag.remat), 1.0)
+        forward_s, backward_s = slower * m.forward_s + send, slower * m.backward_s + send
+        return Option(forward_s, backward_s, m.update_s, m.fixed_bytes, m.micro_bytes, m.peak_bytes, tag)
+
+    def learn(self, first: int, last: int, submesh: Submesh, tag: Tag, seconds: float) -> bool:
+        """Take note of what a stage takes as a whole, forward and backward; whether that is news for later searches.
+
+        Where it is more than the sum of its layers, all stages run in the same way are reckoned to be so much slower.
+        """
+        m, key = self.range(first, last, submesh, tag), (submesh, tag.mesh_shape, tag.remat)
+        reckoned, before = m.forward_s + m.backward_s, self.slower.get(key, 1.0)
+        if not reckoned or seconds <= reckoned * before * _NEWS:
+            return False
+        self.slower[key] = seconds / reckoned
+        return True
 
     def waiting_s(self, last: int, submesh: Submesh) -> float:
         """Seconds that a stage waits for what it sends, each way.
@@ -243,7 +262,26 @@ class LayerCosts:
 
     def alone(self, layer: int, submesh: Submesh, tag: Tag) -> _Measure:
         measure = self.measure((layer,), submesh, tag)
-        return measure.computed_again() if tag.remat else measure
+        return measure.computed_again(self.again_share(layer)) if tag.remat else measure
+
+    def again_share(self, layer: int) -> float:
+        """The share of a layer's forward pass that its backward pass needs again: not what only later layers read."""
+        key = self.kind((layer,))
+        if key not in self.shares:
+            forward = self.flops(self.pieces, layer, "forward")
+            again = self.flops(self.with_remat, layer, "backward") - self.flops(self.pieces, layer, "backward")
+            self.shares[key] = min(1.0, max(0.0, again / forward)) if forward else 1.0
+        return self.shares[key]
+
+    def flops(self, pieces: Pieces, layer: int, kind: PieceKind) -> float:
+        """FLOPs of a layer's piece for one micro-batch."""
+        graphs = [self.reader.graph(pieces, p) for p in pieces.pieces if p.stage == layer and p.kind == kind]
+        return sum(op.flops * op.count for graph in graphs for op in graph.ops)
+
+    @cached_property
+    def with_remat(self) -> Pieces:
+        """The step with one stage per layer, each computed again in the backward pass."""
+        return form_pieces(self.layers, [StageRange(n, n, n, True) for n in range(self.layers.count)])
 
     def step(self, layer: int, submesh: Submesh, tag: Tag) -> _Measure:
         """What two neighbours cost more than each alone."""

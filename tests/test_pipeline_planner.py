@@ -18,8 +18,8 @@ from alpa_like.passes.compose import GraphReader
 from alpa_like.passes.layers import form_layers
 from alpa_like.passes.mesh_plan import SolverOptions
 from alpa_like.passes.microbatch import split_batch
-from alpa_like.passes.stage_costs import LayerCosts
-from alpa_like.passes.stage_search import search
+from alpa_like.passes.stage_costs import LayerCosts, Tag
+from alpa_like.passes.stage_search import Submesh, search
 from alpa_like.plan import Pipeline
 from alpa_like.tracer import trace
 
@@ -290,3 +290,56 @@ def test_a_loop_costs_what_its_layers_cost_one_by_one() -> None:
     loop = made(method(4, 4, **options), stacked(4), cluster(1, 4), scan_step)
     chain = made(method(4, 4, **options), EQUAL, cluster(1, 4))
     assert loop.predicted.step_time_s == pytest.approx(chain.predicted.step_time_s, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------------ memory and loops
+
+
+@pytest.mark.parametrize(
+    ("schedule", "waiting"),
+    [("1f1b", (0, 0, 0, 0)), ("zb-h1", (0, 2, 3, 4)), ("zb-h2", (0, 3, 5, 7))],  # micro-batches whose weights wait
+)
+def test_memory_of_split_backward_passes_by_hand(schedule: str, waiting: tuple[int, ...]) -> None:
+    """A stage holds its input and the tanh; from then on what the weights wait for: two gradients, of the same sizes.
+
+    The first stage computes nothing for an earlier one. A 1f1b stage holds fewer the later it is.
+    """
+    weights, rows = 4 * 2 * WIDTH * 256, 4 * ROWS // 8
+    plan = made(method(8, 4, schedule=schedule, stage_option=alpa.UniformStageOption(4)), EQUAL, cluster(1, 4))
+    pipeline = pipeline_of(plan)
+    one, state = rows * (WIDTH + 256), 3 * weights  # parameters, momentum, gradients
+    for n, (stage, count) in enumerate(zip(pipeline.stages, waiting, strict=True)):
+        held = stage.in_flight * stage.micro_bytes
+        error = rows * WIDTH if n == 3 else 0  # of the outputs: one micro-batch at a time
+        assert held == pytest.approx((stage.in_flight + count) * one + error, abs=0.05 * one)
+        assert 0 <= pipeline.memory_bytes[n] - state - held < weights + 2.5 * one  # its own of one micro-batch
+
+
+def test_a_loop_twice_as_long_takes_twice_the_time() -> None:
+    """Slices of stacked parameters and residuals move what they take out, not the whole stack."""
+
+    def seconds(length: int) -> float:
+        step = alpa.parallelize(scan_step, method=alpa.ShardParallel())
+        return step.plan(stacked(length), batch(), cluster=cluster(1, 1)).predicted.step_time_s
+
+    few, more = seconds(8), seconds(64)
+    assert more - few == pytest.approx(7 * few, rel=0.05)
+
+
+def test_a_search_that_reckons_wrongly_learns_from_the_plans_it_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on a device of their own are made to look four times as fast as they are; stages of two are better."""
+    right = made(method(8, 4, schedule="1f1b"), EQUAL, cluster(1, 4))
+    assert {s.devices[1] for s in right.stages} == {2}
+    honest = LayerCosts.range
+
+    def flattering(costs: LayerCosts, first: int, last: int, submesh: Submesh, tag: Tag) -> Any:
+        found = honest(costs, first, last, submesh, tag)
+        share = 0.25 if submesh.num_devices == 1 else 1.0
+        return replace(found, forward_s=share * found.forward_s, backward_s=share * found.backward_s)
+
+    monkeypatch.setattr(LayerCosts, "range", flattering)
+    monkeypatch.setattr(LayerCosts, "lower_bound_s", lambda *_: 0.0)
+    misled = made(method(8, 4, schedule="1f1b"), EQUAL, cluster(1, 4))
+    assert misled.predicted.step_time_s == pytest.approx(right.predicted.step_time_s)
+    monkeypatch.setattr(LayerCosts, "learn", lambda *_: False)
+    assert {s.devices[1] for s in made(method(8, 4, schedule="1f1b"), EQUAL, cluster(1, 4)).stages} == {1}

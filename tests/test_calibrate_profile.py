@@ -1,0 +1,138 @@
+"""What is measured of emulated devices beyond peaks and rings: the profile, what costs make of it, and memory."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import alpa_like as alpa
+from alpa_like import profiling
+from alpa_like.cluster import CallTime, Cluster, Device, Link, Profile
+from alpa_like.cost import COLLECTIVES, RingCost
+from alpa_like.errors import ClusterError
+from alpa_like.passes.layouts import WHOLE, TensorSpace
+
+CALLS = (
+    CallTime("all-gather", 2, 1e-5, 1e9),
+    CallTime("all-gather", 8, 4e-5, 2e9),
+    CallTime("all-reduce", 2, 3e-5, 5e8),
+)
+PROFILE = Profile(2e-6, 1e-10, 4e-9, 8e-9, CALLS, ("all-reduce",))
+PLAIN = Cluster(
+    "plain",
+    1,
+    8,
+    Device("cpu", (("float32", 1e10),), 2**33, 1e10, 1.0, exposed=1.0),
+    Link(1e9, 1e-6),
+    Link(1e9, 1e-6),
+    (),
+)
+EMULATED = dataclasses.replace(PLAIN, profile=PROFILE)
+
+
+def cost(cluster: Cluster, *mesh: int) -> RingCost:
+    return RingCost(cluster, mesh or (8,), native_reduce_scatter=False)
+
+
+def test_profile_survives_json_and_is_left_out_where_there_is_none():
+    assert Cluster.from_json(EMULATED.to_json()) == EMULATED
+    assert "profile" not in PLAIN.to_json()
+    assert Cluster.from_json(PLAIN.to_json()) == PLAIN
+
+
+@pytest.mark.parametrize("calls", [CALLS[::-1], (CALLS[0], CALLS[0])])
+def test_calls_out_of_order_are_named(calls):
+    with pytest.raises(ClusterError, match="sorted by kind and members, each once"):
+        dataclasses.replace(PROFILE, calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "axes", "combined", "seconds"),
+    [
+        ("all-gather", (8,), (0,), False, 4e-5 + 1e6 / 2e9),
+        ("all-gather", (8,), (0,), True, 4e-5 + 1e6 / 2e9),  # the compiler joins all-reduces only
+        ("all-gather", (2, 4), (1,), False, 1e-5 + 1e6 / 1e9),  # no entry for 4: that of the most members below
+        ("all-reduce", (8,), (0,), False, 3e-5 + 1e6 / 5e8),
+        ("all-reduce", (8,), (0,), True, 1e6 / 5e8),
+        ("reduce-scatter", (8,), (0,), True, 1e6 / 5e8),  # an all-reduce stands in
+        ("all-to-all", (8,), (0,), False, 7e-6 + 1e6 * 7 / 8 / 1e9),  # not measured: a ring
+        ("all-gather", (8, 1), (1,), False, 0.0),
+    ],
+)
+def test_measured_calls_go_before_rings(kind, mesh, axes, combined, seconds):
+    assert cost(EMULATED, *mesh).collective_s(kind, 1e6, axes, combined=combined) == pytest.approx(seconds)
+
+
+def test_groups_that_span_hosts_are_no_calls_of_shared_memory():
+    two = dataclasses.replace(EMULATED, hosts=2)
+    rings = dataclasses.replace(PLAIN, hosts=2)
+    for kind in COLLECTIVES:
+        a, b = (cost(c, 16).collective_s(kind, 1e6, (0,), combined=False) for c in (two, rings))
+        assert a == b
+
+
+def test_kernels_by_hand():
+    c, plain = cost(EMULATED), cost(PLAIN)
+    assert c.kernel_s(1e7, 1e6, "f32", transposed=1e5) == pytest.approx(2e-6 + 1e-3 + 1e-4 + 8e-4)
+    assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9)
+    assert c.elementwise_s(1, 2, 4) == pytest.approx(8.1e-9)
+    assert c.elementwise_s(1, 0, 40) == pytest.approx(4e-9)
+    assert plain.kernel_s(1e7, 1e6, "f32", transposed=1e5) == plain.compute_s(1e7, 1e6, "f32")
+    assert plain.elementwise_s(100, 100, 4) == plain.compute_s(0.0, 4.0, "f32")
+    assert plain.launch_s == plain.turn_s(1e9) == 0.0
+
+
+def test_gathering_along_an_inner_dim_turns_the_result():
+    for cluster, extra in ((EMULATED, 64 * 64 * 8e-9), (PLAIN, 0.0)):
+        space = TensorSpace((64, 64), 32, False, cost(cluster))
+        first, inner = (m.seconds for d in (0, 1) for m in space.moves((d,)) if m.target == (WHOLE,))
+        assert inner - first == pytest.approx(extra)
+
+
+def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest.MonkeyPatch):
+    def seconds(mesh: object, step: Callable[..., object], rows: int, width: int, names: object) -> float:
+        return 1e-4 + profiling._TIMES * (2e-5 + 4 * rows * width / 3e9)
+
+    monkeypatch.setattr(profiling, "_seconds", seconds)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    found = profiling._calls(mesh, 1e-4)
+    assert [(c.kind, c.members) for c in found if c.kind == "all-to-all"] == [("all-to-all", n) for n in (2, 4, 8)]
+    for call in found:
+        assert call.bytes_per_s == pytest.approx(3e9, rel=0.01)
+        assert call.latency_s == pytest.approx(2e-5, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", sorted(profiling._COLLECTIVES))
+def test_programs_have_the_collective_that_they_measure(kind):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("groups", "members"))
+    spec = jax.sharding.PartitionSpec(("groups", "members"))
+    step = jax.shard_map(
+        lambda x: profiling._repeat(lambda y: profiling._COLLECTIVES[kind](2, y), 3, x),
+        mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False,
+    )  # fmt: skip
+    text = jax.jit(step).lower(jnp.zeros((64, 8))).as_text()
+    assert text.count(f"stablehlo.{kind.replace('-', '_')}") == 3
+
+
+def test_gradients_that_wait_for_each_other_take_memory():
+    """Two whole copies at the time of the one all-reduce: what is summed, and the sums."""
+    sizes = ((256, 512), (512, 256))
+    optimizer = optax.adam(1e-3)
+
+    def step(state, x):
+        params, opt = state
+        grads = jax.grad(lambda p: jnp.mean((jnp.tanh(x @ p[0]) @ p[1]) ** 2))(params)
+        updates, opt = optimizer.update(grads, opt)
+        return (optax.apply_updates(params, updates), opt), jnp.sum(x)
+
+    params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in sizes]
+    state, x = (params, jax.eval_shape(optimizer.init, params)), jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    found = alpa.parallelize(step, method=alpa.Zero2Parallel())
+    memory = [found.plan(state, x, cluster=c).predicted.peak_memory_bytes for c in (PLAIN, EMULATED)]
+    compiled = found.compile(state, x, cluster=EMULATED).memory_bytes()
+    assert memory[1] == pytest.approx(compiled, rel=0.1)
+    assert memory[0] < 0.75 * compiled
