@@ -46,3 +46,7 @@ class CheckpointError(AlpaError, RuntimeError):
 
 class WorkerError(AlpaError, RuntimeError):
     """A process of a cluster died, did not answer in time, or failed in what it was asked to do."""
+
+
+class CommandError(AlpaError, ValueError):
+    """The command line names something that is not there or can't be used."""
