@@ -1,5 +1,9 @@
 """Sharding plans that experts write by hand, as plain `jax.jit`: what our plans are measured against.
 
+    python -m benchmarks.experts                          # step time and traffic of every plan, 8 models
+    python -m benchmarks.experts --models gpt,mlp --few   # one mesh for every kind of plan
+    python -m benchmarks.experts --clock cpu              # work instead of time, where the machine is not idle
+
 The specs are those of MaxText and levanter (Megatron-LM's for tensor and sequence parallelism, GShard's for experts).
 A mesh has two axes: "f" splits the batch, and parameters under FSDP; "t" splits heads, hidden units, vocabulary or
 experts. Specs are strings of one character per dim: f, t, b (both axes) or - (whole).
@@ -13,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from alpa_like.models import MoEConfig, Task
 from alpa_like.models.moe import MoELayer, top2_gating
-
-Rules = Mapping[str, str]
-"""Pattern over a path such as `h0/attn/qkv/kernel` → spec; the first that matches counts, none means whole."""
+from benchmarks.expert_rules import FAMILIES, Family, Rules
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def _find(rules: Rules, path: str) -> str:
 
 
 def _sharding(mesh: Mesh, spec: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Axes that do not divide their dim are dropped."""
+    """Axes that do not divide their dim are dropped; a spec that starts with ">" is aligned with the last dims."""
+    if spec.startswith(">"):
+        spec = spec[1:].rjust(len(shape), "-")
     names: dict[str, tuple[str, ...]] = {"f": ("f",), "t": ("t",), "b": ("f", "t"), "-": ()}
     entries = [
         names[c] if size % math.prod(mesh.shape[a] for a in names[c]) == 0 else None
@@ -141,9 +145,13 @@ FSDP: Rules = {
     "*wte/embedding": "-f",
     "*wpe": "-f",
     "*qkv/kernel": "f---",
-    "*out/kernel": "--f",
+    "*/q/kernel": "f---",
+    "*/[kv]/kernel": "f--",
+    "*out/kernel": ">f",
+    "*gate/kernel": "f-",
     "*up/kernel": "f-",
     "*down/kernel": "-f",
+    "*patches/kernel": ">f",
     "*head/kernel": "f-",
     "*transform/kernel": "f-",
     "*moe/wi": "-f-",
@@ -154,7 +162,10 @@ MEGATRON: Rules = {
     "*wte/embedding": "t-",
     "*qkv/kernel": "--t-",
     "*qkv/bias": "-t-",
+    "*/q/kernel": "-t--",
+    "*/[kv]/kernel": "-t-",
     "*out/kernel": "t--",
+    "*gate/kernel": "-t",
     "*up/kernel": "-t",
     "*up/bias": "t",
     "*down/kernel": "t-",
@@ -169,7 +180,10 @@ FSDP_TP: Rules = {
     "*wpe": "-f",
     "*qkv/kernel": "f-t-",
     "*qkv/bias": "-t-",
-    "*out/kernel": "t-f",
+    "*/q/kernel": "ft--",
+    "*/[kv]/kernel": "ft-",
+    "*attn/out/kernel": "t-f",
+    "*gate/kernel": "ft",
     "*up/kernel": "ft",
     "*up/bias": "t",
     "*down/kernel": "tf",
@@ -190,6 +204,8 @@ def _activations(residual: str, batch: str = "f", tensor: str = "t") -> Rules:
     return {
         "": f"{batch}-{tensor}",  # the model's own: logits
         "*/qkv": f"{batch}--{tensor}-",
+        "*/[qkv]": f"{batch}-{tensor}",
+        "*/gate": f"{batch}-{tensor}",
         "*/up": f"{batch}-{tensor}",
         "head": f"{batch}-{tensor}",
         "wte/attend": f"{batch}-{tensor}",
@@ -201,12 +217,19 @@ def _activations(residual: str, batch: str = "f", tensor: str = "t") -> Rules:
 ROW_PARALLEL: Rules = {"*/attn/out": "f-t-", "*/down": "f-t"}
 """Inputs of the row-parallel layers."""
 
-GATHERED: Rules = {name: "f--" for name in ("*/qkv", "*/up", "*/moe", "head", "transform", "wte/attend")}
+GATHERED: Rules = dict.fromkeys(
+    ("*/qkv", "*/[qkv]", "*/gate", "*/up", "*/moe", "head", "transform", "wte/attend"), "f--"
+)
 """Sequence parallelism gathers the sequence before the column-parallel layers."""
 
 
 def experts(devices: int, kind: str) -> list[Expert]:
-    """All plans by hand for a number of devices; `kind` "moe" adds expert parallelism."""
+    """All plans by hand for a number of devices.
+
+    `kind` is a family of `benchmarks.expert_rules`; any other is a transformer, where "moe" adds expert parallelism.
+    """
+    if kind in FAMILIES:
+        return _plain(devices, FAMILIES[kind])
     alone = _activations("f--", tensor="-")
     found = [
         Expert("DP", (devices, 1), WHOLE, WHOLE, alone),
@@ -216,6 +239,25 @@ def experts(devices: int, kind: str) -> list[Expert]:
     for t in (n for n in range(2, devices + 1) if devices % n == 0):
         found += _tensor_parallel((devices // t, t))
     return found + (_expert_parallel(devices) if kind == "moe" else [])
+
+
+def _plain(devices: int, family: Family) -> list[Expert]:
+    """Data parallelism, ZeRO-2, FSDP, and pairs of layers split on their outputs and inputs, alone and together."""
+    alone: Rules = {"*": "f"}
+    found = [
+        Expert("DP", (devices, 1), WHOLE, WHOLE, alone),
+        Expert("ZeRO-2", (devices, 1), WHOLE, family.fsdp, alone),
+        Expert("FSDP", (devices, 1), family.fsdp, family.fsdp, alone),
+    ]
+    for t in (n for n in range(2, devices + 1) if devices % n == 0):
+        mesh = (devices // t, t)
+        found.append(Expert("tensor parallel", mesh, family.tensor, family.tensor, family.outputs))
+        if mesh[0] > 1:
+            found += [
+                Expert("tensor parallel, ZeRO-2", mesh, family.tensor, family.both, family.outputs),
+                Expert("FSDP x TP", mesh, family.both, family.both, family.outputs),
+            ]
+    return found
 
 
 def _tensor_parallel(mesh: tuple[int, int]) -> list[Expert]:
@@ -253,3 +295,9 @@ def _expert_parallel(devices: int) -> list[Expert]:
             Expert("expert x FSDP x TP", mesh, sharded, sharded, pins, ROW_PARALLEL, dispatched="f---"),
         ]
     return found
+
+
+if __name__ == "__main__":
+    from benchmarks.expert_times import main
+
+    main()
