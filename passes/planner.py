@@ -1,5 +1,7 @@
 """Trace and method → `Plan`: tries every mesh that the method allows and keeps the fastest that fits.
 
+Of meshes that are as fast as each other it keeps the one with the fewest axes.
+
 Contract
     Input: a `Trace`, a `Cluster`, a method. Output: a verified `Plan`.
     Raises: `InfeasibleError` where no plan fits the memory budget (how much is missing, what is largest),
@@ -36,11 +38,21 @@ _EMULATED = "cpu"
 """What JAX calls the devices that it emulates; their compiler has no reduce-scatter."""
 
 
+_CLEARLY = 0.005
+"""The share of a step that a mesh of more axes must save. Predictions are off by more than that, and what they leave
+out, such as copies into the order that a kernel wants, grows with the number of dims that are cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Solved:
     cost: CostModel
     problem: ShardingProblem
     solution: Solution
+
+    def is_better(self, other: _Solved) -> bool:
+        """Whether it is faster than what was found before: clearly faster, if its mesh has more axes."""
+        more = len(self.cost.mesh_shape) > len(other.cost.mesh_shape)
+        return self.solution.cost < other.solution.cost * (1 - (_CLEARLY if more else 1e-9))
 
     @property
     def memory_bytes(self) -> float:
@@ -74,7 +86,7 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
         solved[alike] = Candidate(_mesh_text(mesh), found.solution.cost, found.memory_bytes)
         considered.append(solved[alike])
         logger.debug("mesh %s: step %.3g s", mesh, found.solution.cost)
-        if best is None or found.solution.cost < best.solution.cost * (1 - 1e-9):
+        if best is None or found.is_better(best):
             best = found
     if best is None:
         raise failure or InfeasibleError(f"{method.name} allows no mesh of {cluster.num_devices} devices")
