@@ -197,11 +197,7 @@ def trace(
 
     call.__name__ = call.__qualname__ = _name(fun)
     traced = jax.jit(call).trace(*(_shape_only(value) for _, value in flat))
-    if any("Ordered" in type(effect).__name__ for effect in traced.jaxpr.effects):
-        raise TraceError(
-            f"{_name(fun)} has an ordered callback, and JAX has no order between several devices; "
-            "use ordered=False, or take the callback out of the step"
-        )
+    _check_effects(_name(fun), traced.jaxpr)
     outputs, out_tree = tree_flatten_with_path(traced.out_info)
     results = tuple(Leaf(f"result{keystr(p)}", tuple(o.shape), str(o.dtype)) for p, o in outputs)
     avals = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in traced.jaxpr.in_avals)
@@ -240,6 +236,15 @@ def _shape_only(value: Any) -> Any:
     if _is_scalar(value):
         return value
     return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=bool(getattr(value, "weak_type", False)))
+
+
+def _check_effects(name: str, jaxpr: Any) -> None:
+    """Raise `TraceError` for effects that need an order."""
+    if any("Ordered" in type(effect).__name__ for effect in jaxpr.effects):
+        raise TraceError(
+            f"{name} has an ordered callback, and JAX has no order between several devices; "
+            "use ordered=False, or take the callback out of the step"
+        )
 
 
 def _check_argnums(name: str, count: int, donate: Literal["auto"] | Sequence[int], static: Sequence[int]) -> None:

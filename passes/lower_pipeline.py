@@ -12,6 +12,7 @@ Contract
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +37,16 @@ from alpa_like.passes.microbatch import split_batch
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import program_digest, value_names
 from alpa_like.passes.programs import Piece, Port, Scope, write_programs
-from alpa_like.placement import Given, LoweredPipeline, Returned, check_count, layout_in
+from alpa_like.placement import AbstractDevices, Given, LoweredPipeline, Returned, check_count, layout_in
 from alpa_like.plan import Accumulator, Pipeline, Placed, Plan, Spec, StagePlan
 from alpa_like.reshard import Layout, Transfer, plan_transfer
 from alpa_like.runtime.instructions import Program, Ref, Route, Run, Send, donations
-from alpa_like.runtime.staged import Staged, make_piece
+from alpa_like.runtime.staged import Staged, check_travels, make_piece
 from alpa_like.tracer import Trace
 
 __all__ = ["lower_pipeline"]
+
+logger = logging.getLogger("alpa_like")
 
 
 def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredPipeline:
@@ -57,6 +60,7 @@ def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredP
             f"the plan is of another program: it was made for {plan.function} with digest {plan.program}, but "
             f"{trace.name} with these arguments has {program_digest(trace)}; plan it again"
         )
+    _check_callbacks(trace, devices)
     pieces = rebuild(trace, plan.pipeline)
     names = [piece.name for piece in pieces.pieces]
     if names != [stage.name for stage in plan.stages]:
@@ -64,6 +68,18 @@ def lower_pipeline(trace: Trace, plan: Plan, devices: Sequence[Any]) -> LoweredP
             f"the plan has pieces {[s.name for s in plan.stages]}, the program needs {names}; plan it again"
         )
     return _Lowerer(trace, plan, plan.pipeline, pieces, devices).lower()
+
+
+def _check_callbacks(trace: Trace, devices: Sequence[Any]) -> None:
+    """What only prints is in no piece, as no result needs it: workers refuse it, and here a warning says so."""
+    if isinstance(devices, AbstractDevices):
+        check_travels(trace.name, trace.jaxpr)
+    elif trace.jaxpr.effects:
+        logger.warning(
+            "%s: a pipeline leaves jax.debug.print and jax.debug.callback out, but for those in loops, which run for "
+            "every micro-batch; return what you want to see",
+            trace.name,
+        )
 
 
 def rebuild(trace: Trace, pipeline: Pipeline) -> Pieces:

@@ -363,12 +363,18 @@ class _Analysis:
         micro = self.with_cone(kinds, goals, "micro")
         before, _ = cone_of(self.whole_makers, list(self.prepared.values()))
         whole = dict(zip(self.flat.inputs, self.whole.inputs, strict=True))
+        outputs = tuple(map(self.result, self.flat.outputs))
         index = self.index.var if any(self.index.var in reads(e) for e in micro) else None
         return MicroProgram(
-            self.count, tuple(micro), tuple(late), tuple(before), self.flat.inputs, self.flat.outputs, whole,
+            self.count, tuple(micro), tuple(late), tuple(before), self.flat.inputs, outputs, whole,
             tuple(self.prepared.items()), {**self.flat.constants, **self.whole.constants}, self.statuses, accumulated,
             index,
         )  # fmt: skip
+
+    def result(self, atom: Any) -> Any:
+        """A result of the step; what no equation makes of arguments becomes a literal, which no piece has to return."""
+        constants = self.flat.constants
+        return Literal(constants[atom], atom.aval) if isinstance(atom, Var) and atom in constants else atom
 
     def hand_over(self, kinds: dict[int, str], read: list[Var]) -> None:
         """Equal values that equations on the examples make besides (a loop's counter): any maximum of them will do."""

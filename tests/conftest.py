@@ -2,16 +2,32 @@
 
 import os
 import signal
+from importlib.metadata import version
+from pathlib import Path
 
 # XLA's CPU thread pool starves, and collectives deadlock, when it has fewer threads than queued device programs.
 os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Ray reads this when it is imported. It means: this machine only, so that all is on 127.0.0.1.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# What is measured under the flags below is not for the user's programs. `make clean` removes it.
+os.environ.setdefault("ALPA_LIKE_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "alpa_like"))
 
 import jax
 
+QUICK = {
+    "0.10.": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_use_fusion_emitters=false",
+    "0.12.": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+}
+"""By version of jaxlib, what lets XLA write CPU code in a fraction of the time, also in processes that tests start.
+
+How a program is partitioned and what it sends are decided before. On a flag that it does not know XLA ends the process.
+"""
+
 jax.config.update("jax_num_cpu_devices", 8)
+quick = [flags for prefix, flags in QUICK.items() if version("jaxlib").startswith(prefix)]
+os.environ["XLA_FLAGS"] = " ".join([*quick, *os.environ.get("XLA_FLAGS", "").split()])
 
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and so would all processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

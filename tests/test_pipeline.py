@@ -61,6 +61,16 @@ def batch_of(rows: int, seed: int = 0) -> dict[str, Array]:
     return {"x": x, "y": y}
 
 
+TABLE = np.arange(6, dtype=np.int16).reshape(2, 3)
+
+
+def constant_step(state: Any, batch: Any) -> tuple[Any, Any]:
+    """Results that depend on nothing: the same one twice and in a product, a random key, a number."""
+    state, value = chain_step(state, batch)
+    key = jax.random.key_data(jax.random.key(3))
+    return state, {"loss": value, "table": TABLE, "again": TABLE, "product": value * TABLE, "key": key, "number": 3}
+
+
 def momentum(state: Any, grads: Any) -> Any:
     """SGD with momentum, by hand."""
     velocity = jax.tree.map(lambda v, g: 0.9 * v + g, state["velocity"], grads)
@@ -239,6 +249,7 @@ CASES: dict[
     ),
     "scan": (scan_step, lambda: with_velocity(np.stack(kernels(4))), 16, pipeline("1f1b", 4, 2)),
     "clipping, Adam, outputs": (adam_step, adam_state, 16, pipeline("zb-h1", 4, 4)),
+    "constants": (constant_step, chain_state, 16, pipeline("1f1b", 2, 2)),
     "layers by hand": (
         marked_step,
         chain_state,
@@ -404,6 +415,16 @@ def test_a_method_that_does_not_fit_is_refused(kind: str) -> None:
     with pytest.raises(error, match=words) as info:
         alpa.parallelize(step, method=method).plan(chain_state(), batch_of(16))
     assert "\n" not in str(info.value)
+
+
+def printing_step(state: Any, batch: Any) -> tuple[Any, Any]:
+    jax.debug.print("rows {}", batch["x"].shape)
+    return chain_step(state, batch)
+
+
+def test_what_a_pipeline_does_not_print_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    alpa.parallelize(printing_step, method=pipeline(stages=2)).compile(chain_state(), batch_of(16))
+    assert "printing_step: a pipeline leaves jax.debug.print" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ failures
