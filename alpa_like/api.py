@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
@@ -24,10 +25,10 @@ from alpa_like.pipeshard import PipeshardParallel
 from alpa_like.placement import AbstractDevices, argument_layouts, matching
 from alpa_like.plan import Plan
 from alpa_like.runtime import session
+from alpa_like.runtime.emulation import EMULATED_DEVICES
 from alpa_like.runtime.executable import Executable
 from alpa_like.runtime.pipeline import Cutting, PipelineExecutable
 from alpa_like.runtime.remote_executable import RemoteExecutable, born
-from alpa_like.runtime.session import EMULATED_DEVICES
 from alpa_like.tracer import Signature, Trace, bind, signature_of, trace
 
 __all__ = [
@@ -116,6 +117,16 @@ class ParallelFunction:
         """The executable that was compiled or called last."""
         return self._last[1] if self._last else None
 
+    @property
+    def last_trace(self) -> Trace | None:
+        """The step as it was traced for the plan that was made, loaded or compiled last."""
+        return self._last_plan[1] if self._last_plan else None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it has been compiled for the devices of this session."""
+        return self._last is not None and self._session is session.current()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function; traces, plans and compiles at the first call of a signature."""
         if kwargs:
@@ -188,7 +199,8 @@ class ParallelFunction:
         """Where the last plan places an argument with the tree and shapes of `state`, as `NamedSharding`s."""
         if self._last_plan is None:
             raise PlanError(
-                f"{self.__name__} has no plan yet; call {self.__name__}.compile(jax.eval_shape(init_fn), batch) first"
+                f"{self.__name__} has no plan yet; call {self.__name__}.compile(state, batch) first, with arrays or "
+                "with shapes such as jax.eval_shape gives"
             )
         plan, traced = self._last_plan
         here = session.current()
@@ -331,12 +343,26 @@ def create_state(init_fn: Callable[..., Any], *args: Any, like: ParallelFunction
     """
     if not isinstance(like, ParallelFunction | Executable):
         raise PlanError(f"like must be a parallelized function or an Executable, found {like!r}")
+    if isinstance(like, ParallelFunction) and like.last_trace is None:
+        made = ", ".join([getattr(init_fn, "__name__", "init_fn"), *_names(init_fn, args)])
+        raise PlanError(
+            f"{like.__name__} has no plan yet, so where the state is to live is open; call "
+            f"{like.__name__}.compile(jax.eval_shape({made}), batch) first"
+        )
     shapes = jax.eval_shape(init_fn, *args)
     tree, places = jax.tree.structure(shapes), like.state_shardings(shapes)
     remote = session.current().remote
     if remote is not None:
         return born(remote, getattr(init_fn, "__name__", "init"), init_fn, args, tree, places)
     return _born(init_fn, args, tree, places)
+
+
+def _names(fun: Callable[..., Any], args: Sequence[Any]) -> list[str]:
+    """The names of the parameters that the arguments are for."""
+    try:
+        return list(inspect.signature(fun).bind(*args).arguments)
+    except (TypeError, ValueError):
+        return [f"argument_{i}" for i in range(len(args))]
 
 
 def _born(init_fn: Callable[..., Any], args: tuple[Any, ...], tree: Any, shardings: Any) -> Any:

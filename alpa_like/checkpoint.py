@@ -13,6 +13,7 @@ import operator
 import os
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from alpa_like.api import ParallelFunction
 from alpa_like.chunked import ChunkedArray, Parts, bounds
-from alpa_like.errors import CheckpointError, PlanError
+from alpa_like.errors import CheckpointError, PlanError, WorkerError
 from alpa_like.manifest import (
     Leaf,
     Manifest,
@@ -47,7 +48,20 @@ from alpa_like.runtime.executable import Executable, place_of
 from alpa_like.runtime.remote_store import RemoteStore
 from alpa_like.tracer import Trace, abstract_leaf
 
-__all__ = ["LocalStore", "Saving", "Store", "latest_step", "restore_checkpoint", "save_checkpoint"]
+__all__ = [
+    "LocalStore",
+    "Restoring",
+    "Saving",
+    "Store",
+    "check_directory",
+    "check_keep",
+    "latest_step",
+    "restore_checkpoint",
+    "restoring",
+    "save_checkpoint",
+    "set_aside",
+    "survey",
+]
 
 logger = logging.getLogger("alpa_like")
 
@@ -109,14 +123,17 @@ class Saving:
         return self._future.done()
 
     def wait(self) -> Path:
-        """The checkpoint's folder, once it is complete. Raises `CheckpointError` where it could not be written."""
+        """The checkpoint's folder, once it is complete.
+
+        Raises `CheckpointError` where it could not be written, `WorkerError` where a worker died.
+        """
         error = self.failure()
         self._told = True
         if error is not None:
             raise error
         return self.path
 
-    def failure(self) -> CheckpointError | None:
+    def failure(self) -> CheckpointError | WorkerError | None:
         """What went wrong, once the writing has ended; None if nobody needs to be told, or was already."""
         error = self._future.exception()
         return None if error is None else _failure(self.path, error)
@@ -185,8 +202,7 @@ def save_checkpoint(directory: str | os.PathLike[str], state: Any, step: int, *,
     `.wait()` told so.
     """
     place, number = _directory(directory), _step(step)
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise CheckpointError(f"keep must be a whole number of at least 1, or None to keep all, found {keep!r}")
+    check_keep(keep)
     _saver.settle()
     final = folder_of(place, number)
     _check_absent(final)
@@ -200,7 +216,29 @@ def save_checkpoint(directory: str | os.PathLike[str], state: Any, step: int, *,
     return _saver.begin(final, lambda: _finish(wait, manifest, temporary, final, keep))
 
 
+def check_keep(keep: Any) -> None:
+    """Raise `CheckpointError` for what is no number of checkpoints to keep."""
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise CheckpointError(f"keep must be a whole number of at least 1, or None to keep all, found {keep!r}")
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Raise `CheckpointError` where no checkpoint can be written to. Makes the folder."""
+    place = _directory(directory)
+    try:
+        for folder in (place, *place.parents):
+            if folder.exists() and not folder.is_dir():
+                raise CheckpointError(f"{folder} is a file; a directory is needed for checkpoints")
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"no checkpoint can be written to {place}: {reason(error)}") from error
+
+
 def _directory(directory: str | os.PathLike[str]) -> Path:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise CheckpointError(f"the directory of a checkpoint must be the path of a folder, found {directory!r}")
     if "://" in os.fspath(directory):
         raise CheckpointError(
             f"a checkpoint goes to a folder, found the address {directory}; mount it and give its path"
@@ -219,7 +257,7 @@ def _step(step: int) -> int:
 
 
 def _check_absent(final: Path) -> None:
-    """A complete checkpoint is never replaced; what is left of a broken one may be."""
+    """A complete checkpoint is never replaced; what is left of a broken one is renamed."""
     if not final.exists():
         return
     try:
@@ -248,7 +286,7 @@ def _finish(wait: Callable[[], None], manifest: Manifest, temporary: Path, final
         wait()
         manifest.write(temporary)
         if final.exists():
-            _remove(final)
+            logger.warning("%s was damaged; it is kept as %s", final, set_aside(final))
         temporary.rename(final)
         undo.pop_all()
     sync_folder(final.parent)
@@ -274,8 +312,21 @@ def _remove(folder: Path) -> None:
         logger.warning("%s could not be removed: %s", folder, reason(error))
 
 
-def _failure(path: Path, error: BaseException) -> CheckpointError:
-    """One sentence about a save that failed, and what there is."""
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint another name, which no checkpoint will have; returns it."""
+    names = (folder.with_name(f"{folder.name}.damaged{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    free = next(name for name in names if not name.exists())
+    try:
+        return folder.rename(free)
+    except OSError as error:
+        logger.warning("%s could not be renamed: %s", folder, reason(error))
+        return folder
+
+
+def _failure(path: Path, error: BaseException) -> CheckpointError | WorkerError:
+    """One sentence about a save that failed, and what there is. A worker's death stays one, with all that it says."""
+    if isinstance(error, WorkerError):
+        return WorkerError(f"saving {path} failed: {error}")
     return CheckpointError(f"saving {path} failed: {reason(error)}; {_last_complete(path.parent)}")
 
 
@@ -302,19 +353,53 @@ def restore_checkpoint(directory: str | os.PathLike[str], like: Any, step: int |
     Raises `CheckpointError` where there is no complete checkpoint, where its files are broken, and where its state has
     other leaves, shapes or dtypes than `like`; `PlanError` for a step without a plan.
     """
+    found = restoring(directory, like, step)
+    try:
+        return found.read()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_last_complete(_directory(directory), found.manifest.step)}") from error
+
+
+def restoring(directory: str | os.PathLike[str], like: Any, step: int | None = None) -> Restoring:
+    """A checkpoint that holds what is wanted; raises as `restore_checkpoint`, but for files that nobody has read."""
     place = _directory(directory)
     _saver.pause()
     folder, manifest = _found(place, None if step is None else _step(step))
     tree, aims = _aims(like, manifest)
     _check_alike(folder, manifest, aims)
-    saved = {leaf.path: leaf for leaf in manifest.leaves}
-    wanted = [aim.wanted(saved[aim.leaf.path], folder) for aim in aims]
-    try:
+    return Restoring(folder, manifest, tree, aims)
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """The checkpoint in `folder`, which holds a state of this tree."""
+
+    folder: Path
+    manifest: Manifest
+    tree: Any
+    aims: Sequence[_Aim]
+
+    def read(self) -> Any:
+        """The state, born sharded. Raises `CheckpointError` where its files are broken."""
+        saved = {leaf.path: leaf for leaf in self.manifest.leaves}
+        wanted = [aim.wanted(saved[aim.leaf.path], self.folder) for aim in self.aims]
         arrays = iter(_store().read([w for group in wanted for w in group]))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_last_complete(place, manifest.step)}") from error
-    leaves = [aim.made([next(arrays) for _ in group]) for aim, group in zip(aims, wanted, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
+        leaves = [aim.made([next(arrays) for _ in group]) for aim, group in zip(self.aims, wanted, strict=True)]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def survey(directory: str | os.PathLike[str]) -> tuple[list[int], dict[int, str]]:
+    """The steps with complete checkpoints, newest first, and what is wrong with those of other steps."""
+    complete: list[int] = []
+    broken: dict[int, str] = {}
+    for step, folder in step_folders(_directory(directory)).items():
+        try:
+            read_manifest(folder)
+        except CheckpointError as error:
+            broken[step] = str(error)
+        else:
+            complete.append(step)
+    return complete, broken
 
 
 def _found(directory: Path, step: int | None) -> tuple[Path, Manifest]:
@@ -401,13 +486,13 @@ def _place(value: Any) -> Any:
 def _traced(like: ParallelFunction | Executable) -> Trace:
     """The step that was planned."""
     if isinstance(like, Executable):
-        return like._trace  # pyright: ignore[reportPrivateUsage]
-    if like._last_plan is None:  # pyright: ignore[reportPrivateUsage]
+        return like.traced
+    if like.last_trace is None:
         raise PlanError(
             f"{like.__name__} has no plan yet, so where the state is to live is open; "
-            f"call {like.__name__}.compile(jax.eval_shape(init_fn), batch) first"
+            f"call {like.__name__}.compile(state, batch) first, with arrays or with shapes such as jax.eval_shape gives"
         )
-    return like._last_plan[1]  # pyright: ignore[reportPrivateUsage]
+    return like.last_trace
 
 
 def _states(traced: Trace) -> list[Any]:

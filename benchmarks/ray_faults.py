@@ -43,7 +43,8 @@ import numpy as np
 import alpa_like as alpa
 from alpa_like.runtime import session
 from benchmarks.common import parser, table
-from benchmarks.ray_support import Halves, Nodes, actors, described, local_nodes, pipelined, runs, workers
+from benchmarks.ray_local import runs
+from benchmarks.ray_support import Halves, Nodes, actors, described, local_nodes, pipelined, workers
 
 WORKERS = 4
 SPARE = 2

@@ -15,7 +15,7 @@ import signal
 import sys
 from typing import Any
 
-_STORE_BYTES = 80 * 2**20
+from benchmarks.ray_local import STORE_BYTES
 
 
 class Nodes:
@@ -24,13 +24,13 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "node_name": "head", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+        head = {"num_cpus": 0, "node_name": "head", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
 
     def add(self, name: str) -> dict[str, int]:
         """Start a node; returns the process of its raylet, whose children are all others."""
-        node = self.cluster.add_node(num_cpus=1, node_name=name, object_store_memory=_STORE_BYTES)
+        node = self.cluster.add_node(num_cpus=1, node_name=name, object_store_memory=STORE_BYTES)
         self._nodes[name] = node
         return {name: node.all_processes["raylet"][0].process.pid}
 

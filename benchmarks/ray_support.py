@@ -10,14 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ import numpy as np
 
 import alpa_like as alpa
 from alpa_like.runtime import session
+from benchmarks.ray_local import parent, processes, ray_folder
 
 _ROOT = Path(__file__).parent.parent
 _ACTOR = "ray::WorkerActor"
@@ -68,7 +67,7 @@ class Nodes:
     def crash(self, name: str) -> None:
         """End a node as if its machine had lost power: all its processes at once, and none says goodbye."""
         raylet = self.raylets.pop(name)
-        for pid in [raylet, *(pid for pid in processes(self.folder) if _parent(pid) == raylet)]:
+        for pid in [raylet, *(pid for pid in processes(self.folder) if parent(pid) == raylet)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._ask("remove", name)
@@ -86,30 +85,13 @@ def local_nodes(count: int) -> Generator[Nodes]:
 
     Ray's environment is set in the context, so enter it before anything imports Ray.
     """
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        (Path(folder) / "ray").mkdir()  # where Ray's Cluster writes its address
-        with mock.patch.dict(os.environ, _environment(folder)):
-            os.environ.pop("RAY_ADDRESS", None)
-            nodes = Nodes(folder, count)
-            try:
-                yield nodes
-            finally:
-                alpa.shutdown()
-                nodes.end()
-
-
-def _environment(folder: str) -> dict[str, str]:
-    """On this machine only, apart from other clusters on it, quick to notice a lost node; workers find this package."""
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by Ray as: no other machines, so all is on 127.0.0.1
-        "RAY_TMPDIR": folder,
-        "RAY_health_check_initial_delay_ms": "0",
-        "RAY_health_check_period_ms": "500",
-        "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
-    }
+    with ray_folder(_ROOT) as folder:
+        nodes = Nodes(folder, count)
+        try:
+            yield nodes
+        finally:
+            alpa.shutdown()
+            nodes.end()
 
 
 def described(hosts: int) -> alpa.Cluster:
@@ -120,46 +102,15 @@ def described(hosts: int) -> alpa.Cluster:
 def workers() -> tuple[Any, ...]:
     """The workers of this session, as `runtime.ray_workers.WorkerHandle`s, in the order of their devices."""
     remote: Any = session.current().remote
-    return tuple(sorted(remote.workers._workers, key=lambda w: (w.first, w.count, w.process_id)))
+    return tuple(sorted(remote.workers.running, key=lambda w: (w.first, w.count, w.process_id)))
 
 
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def processes(folder: str) -> dict[int, str]:
-    """The command lines of the processes of a cluster by id. They, or the files they write to, name its folder."""
-    found: dict[int, str] = {}
-    for place in Path("/proc").iterdir():
-        if not place.name.isdecimal() or int(place.name) == os.getpid():
-            continue
-        with suppress(OSError):
-            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-            if folder in command or os.readlink(place / "fd" / "2").startswith(folder):
-                found[int(place.name)] = command
-    return found
-
-
 def actors(folder: str) -> set[int]:
     """The processes of workers, whichever session they belong to."""
     return {pid for pid, command in processes(folder).items() if command.startswith(_ACTOR)}
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
-    return _status(pid)[:1] not in ((), ("Z",))
-
-
-def _parent(pid: int) -> int:
-    return int(_status(pid)[1]) if _status(pid) else 0
-
-
-def _status(pid: int) -> tuple[str, ...]:
-    """State, parent, and so on; nothing where there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    return tuple(text.rpartition(")")[2].split())
 
 
 def resident_bytes(pid: int) -> int:

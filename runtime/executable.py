@@ -65,6 +65,11 @@ class Executable:
         self._donated = trace.donated_leaves
 
     @property
+    def traced(self) -> Trace:
+        """The step as it was traced."""
+        return self._trace
+
+    @property
     def input_shardings(self) -> tuple[Any, ...]:
         """One pytree of `NamedSharding`s per dynamic argument."""
         return self._lowered.input_shardings

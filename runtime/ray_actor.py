@@ -15,6 +15,7 @@ import jax
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError
+from alpa_like.runtime.emulation import threads_for
 
 __all__ = ["Located", "WorkerProcess", "WorkerSetup", "environment", "measure"]
 
@@ -67,9 +68,8 @@ def environment(platform: str, devices: int, visible: Sequence[str], *, whole_ho
     placement group does, so that workers of different meshes can share the devices of a host.
     """
     if platform == "cpu":
-        # XLA's CPU backend starves at a rendezvous when it has fewer threads than programs in flight need.
         flags = re.sub(_EMULATED, "", os.environ.get("XLA_FLAGS", ""))
-        return {"JAX_PLATFORMS": "cpu", "NPROC": str(max(4 * devices, 32)), "XLA_FLAGS": flags}
+        return {"JAX_PLATFORMS": "cpu", "NPROC": threads_for(devices), "XLA_FLAGS": flags}
     result = {"JAX_PLATFORMS": f"{platform},cpu"}
     if platform == "cuda":
         # Each process would else take three quarters of the memory of a device that several meshes use.

@@ -15,7 +15,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from alpa_like.cluster import Cluster
@@ -25,13 +24,14 @@ from alpa_like.runtime.ray_actor import NOTE, WorkerSetup, measure
 from alpa_like.runtime.ray_connection import (
     GetTimeoutError,
     RayError,
+    check_given,
     connect,
     first_and_last_line,
     nodes_alive,
     ray,
 )
 from alpa_like.runtime.ray_hosts import Host, Reservation, Want
-from alpa_like.runtime.ray_workers import Deaths, Launch, Part, Span, WorkerHandle, kill, new_process, parts_of
+from alpa_like.runtime.ray_workers import Deaths, Launch, Part, Silence, Span, WorkerHandle, kill, new_process, parts_of
 
 __all__ = ["Host", "RayCluster", "WorkerHandle", "WorkerSetup"]
 
@@ -63,8 +63,11 @@ class RayCluster:
         self._body = body
         self._connected = connected
         self._grows = grows
+        self._cluster: Cluster | None = None
         self._meshes: dict[Span, tuple[WorkerHandle, ...]] = {}
+        self._killed: list[WorkerHandle] = []
         self._deaths = Deaths()
+        self._silence = Silence()
         self.roles: dict[tuple[int, int], str] = {}
         """What runs on which devices, for messages."""
         self._failure = ""
@@ -97,6 +100,12 @@ class RayCluster:
                 ray.shutdown()
             raise
 
+    @staticmethod
+    def check(*, address: str | None, num_devices: int | None, num_hosts: int | None) -> None:
+        """Raise `ClusterError` for arguments of `start` that are wrong wherever it runs; touches no session."""
+        Want(num_devices, num_hosts)
+        check_given(address)
+
     @classmethod
     def _reserved(cls, want: Want, wait_s: float, body: str, *, connected: bool, grows: bool) -> RayCluster:
         reservation = ray_hosts.reserve(want, wait_s, grows=grows)
@@ -112,20 +121,17 @@ class RayCluster:
     def num_devices(self) -> int:
         return len(self.hosts) * self.devices_per_host
 
-    def description(self) -> Cluster:
-        """What to plan for, as `cluster`."""
-        return self.cluster
-
-    @cached_property
+    @property
     def cluster(self) -> Cluster:
-        """What to plan for: the preset of Ray's accelerator type, else the first host, measured now and then cached."""
-        known = ray_hosts.fitted(self._reservation.accelerator, self._reservation.choice)
-        if known is not None:
-            return known
-        self._check_running()
-        found = self._measured({}) or self._measured(new_process())
-        measured = replace(Cluster.from_json(found), name=f"ray-{self.platform}")
-        return ray_hosts.with_network(measured, len(self.hosts))
+        """What to plan for: the preset of Ray's accelerator type, else the first host, measured when first asked."""
+        if self._cluster is None:
+            self._cluster = ray_hosts.fitted(self._reservation.accelerator, self._reservation.choice)
+        if self._cluster is None:
+            self._check_running()
+            found = self._measured({}) or self._measured(new_process())
+            measured = replace(Cluster.from_json(found), name=f"ray-{self.platform}")
+            self._cluster = ray_hosts.with_network(measured, len(self.hosts))
+        return self._cluster
 
     def _measured(self, options: dict[str, Any]) -> Any:
         size = self.devices_per_host
@@ -160,6 +166,7 @@ class RayCluster:
         except BaseException as error:
             self._deaths.forget(launch.workers)
             kill(launch.actors)
+            self._killed.extend(launch.workers)
             if isinstance(error, WorkerError) and isinstance(error.__cause__, RayError):
                 # It died before anybody watched it.
                 self._failure = self._failure or str(error)
@@ -168,7 +175,8 @@ class RayCluster:
             self._meshes[span] = tuple(worker for worker in launch.workers if (worker.first, worker.count) == span)
 
     @property
-    def _workers(self) -> list[WorkerHandle]:
+    def running(self) -> list[WorkerHandle]:
+        """All workers that have been started, mesh by mesh."""
         return [worker for mesh in self._meshes.values() for worker in mesh]
 
     def call(
@@ -191,11 +199,15 @@ class RayCluster:
         return [worker.actor.ask.remote(method) for worker in workers]
 
     def ready(self, refs: Sequence[Any], timeout_s: float) -> bool:
-        """Whether all results are there, or one is an error; waits for that up to `timeout_s` seconds."""
-        done, pending = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
-        self._results(done, max(timeout_s, _POLL_S))
-        self._raise_if_dead()
-        return not pending
+        """Whether all results are there; waits for that up to `timeout_s` seconds. Raises as `wait`."""
+        with self._released_on_interrupt():
+            self._check_running()  # asked for anything after its end, Ray would start a new cluster
+            done, pending = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+            self._results(done, max(timeout_s, _POLL_S))
+            self._raise_if_dead()
+            if timeout_s > 0:  # else somebody only looks, and waits for something else
+                self._silence.waited(self.running) if pending else self._silence.over()
+            return not pending
 
     def wait(self, refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
         """The results. Raises `WorkerError` as soon as any worker of the cluster dies, or after `timeout_s`.
@@ -282,7 +294,7 @@ class RayCluster:
         self._check_running()
         deadline = time.monotonic() + wait_s
         processes: defaultdict[str, list[int]] = defaultdict(list)
-        for worker in self._workers:
+        for worker in (*self.running, *self._killed):
             processes[worker.host.node_id].append(worker.pid)
         nodes = {host.node_id: processes[host.node_id] for host in self.hosts}
         connected, self._connected = self._connected, False
@@ -323,11 +335,11 @@ class RayCluster:
             return
         self._stopped = how
         atexit.unregister(self.stop)
-        ends = self._deaths.forget(self._workers)
+        ends = self._deaths.forget(self.running)
         if not ray.is_initialized():  # somebody else shut it down; asked for anything, Ray would start a new cluster
             return
         with suppress(RayError, OSError, RuntimeError):  # the cluster itself may be gone
-            kill([worker.actor for worker in self._workers])
+            kill([worker.actor for worker in self.running])
             if not force:
                 wait(ends, timeout=_EXIT_S)
             self._reservation.release()

@@ -28,6 +28,7 @@ __all__ = [
     "PlacementGroupSchedulingStrategy",
     "RayError",
     "check_address",
+    "check_given",
     "connect",
     "first_and_last_line",
     "inside_ray",
@@ -98,6 +99,14 @@ def _ray_init(address: str) -> None:
             f"can't join the Ray cluster at {address}: {reason}. `ray status` on its head node says whether it is up; "
             "if it wants a token, set RAY_AUTH_MODE=token here and give the one that `ray get-auth-token` prints there"
         ) from error
+
+
+def check_given(address: str | None) -> None:
+    """Raises `ClusterError` for an address that nobody can join; what "auto" and None mean is found out later."""
+    if address is not None and (not isinstance(address, str) or not address):
+        raise ClusterError(f'address must be host:port of a Ray head node, "auto", "local" or None, found {address!r}')
+    if address not in (None, "auto", "local"):
+        check_address(address)
 
 
 def check_address(address: str) -> None:

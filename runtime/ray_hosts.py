@@ -17,6 +17,7 @@ from typing import Any
 
 from alpa_like.cluster import Cluster, Link
 from alpa_like.errors import ClusterError
+from alpa_like.runtime.emulation import EMULATED_DEVICES
 from alpa_like.runtime.ray_connection import (
     PlacementGroup,
     PlacementGroupSchedulingStrategy,
@@ -42,7 +43,6 @@ __all__ = [
 
 logger = logging.getLogger("alpa_like")
 
-EMULATED_DEVICES = 8
 _TRY_S = 5.0
 _WATCH_S = 1.0
 _RESOURCES = (("TPU", "tpu"), ("GPU", "cuda"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -16,12 +17,27 @@ from alpa_like.runtime.ray_actor import Located, WorkerProcess, WorkerSetup, env
 from alpa_like.runtime.ray_connection import GetTimeoutError, RayError, first_and_last_line, ray
 from alpa_like.runtime.ray_hosts import Host, Reservation
 
-__all__ = ["Deaths", "Launch", "Part", "Span", "WorkerActor", "WorkerHandle", "kill", "new_process", "parts_of"]
+__all__ = [
+    "Deaths",
+    "Launch",
+    "Part",
+    "Silence",
+    "Span",
+    "WorkerActor",
+    "WorkerHandle",
+    "kill",
+    "new_process",
+    "parts_of",
+]
 
 Span = tuple[int, int]
 """First device and number of devices."""
 
+logger = logging.getLogger("alpa_like")
+
 _LOCATE_S = 180.0
+_SILENT_S = 20.0
+_ANSWER_S = 10.0
 
 
 class WorkerActor:
@@ -45,6 +61,10 @@ class WorkerActor:
     @ray.method(concurrency_group="control")
     def ask(self, method: str, *args: Any) -> Any:
         return self._process.call(method, *args)
+
+    @ray.method(concurrency_group="control")
+    def answer(self) -> None:
+        """Nothing but the news that this process runs."""
 
     @ray.method(concurrency_group="control")
     def watch(self) -> None:
@@ -123,6 +143,34 @@ class Deaths:
         while not self.heard and time.monotonic() < deadline:
             time.sleep(0.02)
         return bool(self.heard)
+
+
+@dataclass(slots=True)
+class Silence:
+    """Which workers do not even answer, while the driver waits for all. A stopped process or a lost network look so."""
+
+    since: float | None = None
+    asked: dict[WorkerHandle, Any] = field(default_factory=dict[WorkerHandle, Any])
+
+    def waited(self, workers: Sequence[WorkerHandle]) -> None:
+        """To be called again and again while the driver waits. Logs a warning after half a minute, and later again."""
+        now = time.monotonic()
+        self.since = now if self.since is None else self.since
+        if not self.asked:
+            if now > self.since + _SILENT_S:
+                self.asked = {worker: worker.actor.answer.remote() for worker in workers}
+            return
+        if now > self.since + _SILENT_S + _ANSWER_S:
+            answered, _ = ray.wait(list(self.asked.values()), num_returns=len(self.asked), timeout=0)
+            for worker, ref in self.asked.items():
+                if ref not in answered:
+                    logger.warning("waiting for %s, which does not answer; is the process stopped?", worker)
+            self.over()
+
+    def over(self) -> None:
+        """The driver waits no more."""
+        self.since = None
+        self.asked.clear()
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,7 +63,8 @@ class Workers(Protocol):
     devices_per_host: int
     platform: str
 
-    def description(self) -> Cluster: ...
+    @property
+    def cluster(self) -> Cluster: ...
 
     @property
     def num_devices(self) -> int: ...
@@ -145,14 +146,28 @@ class Remote:
         Where a worker has died, or others may wait for one that failed, nothing can be asked of any after it. Ctrl-C
         ends the session, as workers may be in the midst of what they do together.
         """
-        try:
-            while not self._ready(refs, _LOOK_BACK_S):
+        with self._ended_by_interrupt():
+            try:
+                while not self.ready(refs, _LOOK_BACK_S):
+                    self._look_back()
+                return self.workers.wait(refs)
+            except AlpaError:
+                self._check_deaths(0.0)
                 self._look_back()
-            return self.workers.wait(refs)
-        except AlpaError:
-            self._check_deaths(0.0)
-            self._look_back()
-            raise
+                raise
+
+    def ready(self, refs: Sequence[Any], timeout_s: float) -> bool:
+        """Whether all calls have returned; waits for that up to `timeout_s` seconds. Raises what they raise."""
+        with self._ended_by_interrupt():
+            try:
+                return self.workers.ready(refs, timeout_s)
+            except TimeoutError:  # large results take longer to come than to be made
+                return False
+
+    @contextmanager
+    def _ended_by_interrupt(self) -> Generator[None]:
+        try:
+            yield
         except KeyboardInterrupt:
             self._fail("Ctrl-C ended it")
             self.workers.stop(force=True)
@@ -180,7 +195,7 @@ class Remote:
             self.alive, self.why = False, why
             for refs in self._begun:
                 with suppress(AlpaError):
-                    self._ready(refs, 0.0)  # Ray would print all errors that nobody has looked at
+                    self.ready(refs, 0.0)  # Ray would print all errors that nobody has looked at
             self._begun.clear()
 
     def check(self) -> None:
@@ -201,6 +216,10 @@ class Remote:
         self._next_uuid += count
         return first
 
+    def program_number(self) -> int:
+        """A number for a new program."""
+        return next(self._programs)
+
     def ids(self, count: int) -> tuple[int, ...]:
         """Numbers for new arrays."""
         return tuple(itertools.islice(self._arrays, count))
@@ -211,7 +230,8 @@ class Remote:
         """An array on the workers from host data; does not wait for it to arrive."""
         span = kind.layout.devices
         processes, number = self.processes(span), self.ids(1)[0]
-        tiles = [host_tiles(value, kind, processes, p) for p in range(len(processes.addresses))]
+        data = on_host(value, kind.struct.dtype)
+        tiles = [host_tiles(data, kind, processes, p) for p in range(len(processes.addresses))]
         self.ordered(self.each(span, "put", [(number, t) for t in tiles]))
         return RemoteArray(self, kind, self.place(kind.layout), ((span, number),))
 
@@ -305,17 +325,11 @@ class Remote:
             self.result(self._begun[0])
             self._begun.popleft()
 
-    def _ready(self, refs: Sequence[Any], timeout_s: float) -> bool:
-        try:
-            return self.workers.ready(refs, timeout_s)
-        except TimeoutError:  # large results take longer to come than to be made
-            return False
-
     def _look_back(self) -> None:
         """Raise what went wrong in an order. Others may wait for what a worker that failed would have sent."""
         for refs in list(self._begun):
             try:
-                self._ready(refs, 0.0)
+                self.ready(refs, 0.0)
             except AlpaError as error:
                 self._begun.remove(refs)
                 if len(refs) == 1:
@@ -360,7 +374,7 @@ class RemoteProgram:
         verify(lowered.programs)
         self._remote, self.lowered = remote, lowered
         self._arguments = tuple(arguments)
-        self.number = next(remote._programs)  # pyright: ignore[reportPrivateUsage]
+        self.number = remote.program_number()
         self.spans = {p.mesh: span_of(p, lowered) for p in lowered.programs}
         remote.bring_up(list(self.spans.values()))
         self._count = 1 + max((g.micro_batch for g in lowered.given.values()), default=0)
@@ -411,11 +425,10 @@ class RemoteProgram:
 
     def _watch(self, refs: list[Any]) -> None:
         """Wait until all have compiled; a bar shows how far they are, if it takes long."""
-        groups = self._remote.workers.bring_up(list(self.spans.values()))
-        firsts = [group[0] for group in groups]
+        firsts = [self._remote.group(span)[0] for span in self.spans.values()]
         total, before = len(self.lowered.pieces), self._compiled(firsts)
         with tqdm(total=total, desc="compiling", unit="piece", delay=_BAR_AFTER_S, leave=False, disable=None) as bar:
-            while not self._remote.workers.ready(refs, _PROGRESS_S):
+            while not self._remote.ready(refs, _PROGRESS_S):
                 bar.update(self._compiled(firsts) - before - bar.n)
         self._remote.result(refs)
 
@@ -484,7 +497,8 @@ class RemoteProgram:
             return [value.stored[0][1]] * count
         leaves[need.argument] = value = on_host(value, aval.dtype)  # once, not for each micro-batch and process
         rows = need.rows(value, self._count)
-        kind = BufferType.of(jax.ShapeDtypeStruct(rows.shape, aval.dtype, weak_type=aval.weak_type), need.layout)
+        shape = rows.shape[: len(aval.shape)]  # the data of random keys has one dim more
+        kind = BufferType.of(jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type), need.layout)
         return [host_tiles(rows, kind, processes, p) for p in range(count)]
 
     def _outputs(self, numbers: Sequence[int], leaves: Sequence[Any]) -> list[Any]:

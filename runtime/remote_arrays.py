@@ -22,10 +22,8 @@ _SHOWN_ELEMENTS = 1000
 """Arrays up to this size show their values, as NumPy does before it leaves some out."""
 
 
-_OF_VALUES = frozenset(n for n in dir(np.ndarray) if not n.startswith("_") and hasattr(jax.Array, n)) - {
-    "device",
-    "to_device",
-}
+_OF_BOTH = frozenset(n for n in dir(np.ndarray) if not n.startswith("_") and hasattr(jax.Array, n))
+_OF_VALUES = (_OF_BOTH | {"at"}) - {"device", "to_device"}
 """What arrays of NumPy and JAX have, such as `x.T` and `x.mean()`: a `jax.Array` of the values is asked for it."""
 
 
@@ -62,7 +60,9 @@ class RemoteArray(NDArrayOperatorsMixin):
 
     Its values are fetched whenever they are read: by `float(x)`, `np.asarray(x)`, `jnp.asarray(x)`,
     `jax.device_get(x)`, printing, methods such as `x.mean()`, and by indexing and arithmetic, which give NumPy arrays.
-    `x.block_until_ready()` waits for it without a copy. JAX's functions take `jnp.asarray(x)`.
+    `x.block_until_ready()` waits for it without a copy. `x += 1` makes a new array, as with JAX's.
+
+    JAX's functions and `jax.jit` take JAX's own arrays only: give them `jnp.asarray(x)`.
 
     `stored` are the arrays that the workers hold, as (device range, number); several are joined along `dim`.
     """
@@ -159,6 +159,9 @@ class RemoteArray(NDArrayOperatorsMixin):
         if not self._holder.alive:
             raise ProgramError("this array was on workers that have ended; restore the state from the last checkpoint")
 
+    def copy_to_host_async(self) -> None:
+        """Nothing: values come when they are read. JAX's arrays have it."""
+
     def value(self) -> Any:
         """The values: a NumPy array, or for random keys a `jax.Array` of this process."""
         self.check()
@@ -172,6 +175,8 @@ class RemoteArray(NDArrayOperatorsMixin):
         return jnp.asarray(self.value())
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        if any(isinstance(x, RemoteArray) for x in options.get("out", ())):
+            raise TypeError("a RemoteArray can't be written to; leave out= away and take what the function returns")
         values = [x.value() if isinstance(x, RemoteArray) else x for x in inputs]
         return getattr(ufunc, method)(*values, **options)
 
@@ -201,6 +206,9 @@ class RemoteArray(NDArrayOperatorsMixin):
     def __reduce__(self) -> tuple[Any, ...]:
         return np.asarray, (np.asarray(self),)  # what is pickled, or copied deeply, are the values
 
+    def __contains__(self, value: Any) -> bool:
+        return bool((np.asarray(self) == value).any())
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of an array without dims")
@@ -211,6 +219,9 @@ class RemoteArray(NDArrayOperatorsMixin):
 
     def __int__(self) -> int:
         return int(self.item())
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.item(), digits) if not self.shape else np.asarray(self).round(digits or 0)
 
     def __bool__(self) -> bool:
         return bool(np.asarray(self))
@@ -232,6 +243,11 @@ class RemoteArray(NDArrayOperatorsMixin):
     def __del__(self) -> None:
         if not getattr(self, "_gone", True) and self._holder.alive:
             self._holder.release(self._stored)
+
+
+_IN_PLACE = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor")
+for _name in _IN_PLACE:  # `x += 1` is `x = x + 1`
+    setattr(RemoteArray, f"__i{_name}__", getattr(NDArrayOperatorsMixin, f"__{_name}__"))
 
 
 def joined(parts: Sequence[Any], dim: int, wrap: Callable[[Any], Any]) -> Any:

@@ -58,20 +58,17 @@ def _cuts(
     return slices, tuple(different.index(t) for t in tiles)
 
 
-def on_host(value: Any, dtype: Any) -> Any:
-    """A leaf as a NumPy array of this dtype; random keys as a `jax.Array` of this process."""
+def on_host(value: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    """A leaf as a NumPy array of this dtype; the data of random keys. What it returns it takes as it is."""
     if isinstance(value, RemoteArray):
         value = value.value()
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return value
-    return np.asarray(value).astype(dtype, copy=False)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return np.asarray(value).astype(dtype, copy=False)
+    return value if isinstance(value, np.ndarray) else np.asarray(jax.random.key_data(value))
 
 
-def host_tiles(value: Any, kind: BufferType, processes: ProcessMap, process: int) -> Tiles:
-    """What one process holds of host data."""
-    data = np.asarray(jax.random.key_data(value)) if kind.key_impl else np.asarray(value)
-    if not kind.key_impl and data.dtype != kind.dtype:
-        data = data.astype(jnp.dtype(kind.dtype))
+def host_tiles(data: np.ndarray[Any, Any], kind: BufferType, processes: ProcessMap, process: int) -> Tiles:
+    """What one process holds of host data, which comes as `on_host` makes it."""
     count = processes.devices_per_process
     slices, places = _cuts(kind.layout, kind.shape, processes.first + process * count, count)
     # Without dims an index gives a scalar, of which `ascontiguousarray` would make an array with one.

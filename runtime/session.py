@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError
 from alpa_like.reshard import Layout
+from alpa_like.runtime.emulation import EMULATED_DEVICES, threads_for
 from alpa_like.runtime.remote import Remote
 from alpa_like.runtime.remote_arrays import RemotePlace
 from alpa_like.runtime.transport import sharding_of
@@ -22,10 +23,6 @@ from alpa_like.runtime.transport import sharding_of
 __all__ = ["Session", "current", "restart", "start", "start_on_ray", "stop"]
 
 logger = logging.getLogger("alpa_like")
-
-EMULATED_DEVICES = 8
-_THREADS_PER_DEVICE = 4
-"""XLA's CPU backend starves at a rendezvous when it has fewer threads than programs in flight need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,7 @@ class Session:
         """The cluster to plan for: the one given to `start`, or a calibrated description of the devices."""
         if self.cluster is not None:
             return self.cluster
-        return self.remote.workers.description() if self.remote else Cluster.local(len(self.devices))
+        return self.remote.workers.cluster if self.remote else Cluster.local(len(self.devices))
 
     @property
     def platform(self) -> str | None:
@@ -58,6 +55,8 @@ class Session:
 
 
 _sessions: list[Session] = []
+_ended: list[int] = []
+"""The number of the last session, if it was on Ray and nobody began another one."""
 
 
 def start_on_ray(
@@ -71,8 +70,10 @@ def start_on_ray(
     """Begin a session on the hosts of a Ray cluster; see `alpa_like.init`."""
     from alpa_like.runtime.ray_cluster import RayCluster  # Ray is an extra, and takes long to import
 
+    _check_size(cluster, num_devices)
     if cluster is not None:
-        num_devices, num_hosts = num_devices or cluster.num_devices, num_hosts or cluster.hosts
+        num_devices, num_hosts = cluster.num_devices, cluster.hosts if num_hosts is None else num_hosts
+    RayCluster.check(address=address, num_devices=num_devices, num_hosts=num_hosts)  # before the old session ends
     _leave_accelerators()
     stop()
     workers = RayCluster.start(address=address, num_devices=num_devices, num_hosts=num_hosts, wait_s=wait_s)
@@ -111,14 +112,7 @@ def _leave_accelerators() -> None:
 
 def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Session:
     """Begin a session in this process; see `alpa_like.init`."""
-    if num_devices is not None and (type(num_devices) is not int or num_devices < 1):
-        raise ClusterError(f"num_devices must be a whole number of at least 1, found {num_devices!r}")
-    if cluster is not None and type(cluster) is not Cluster:
-        raise ClusterError(f'cluster must be an alpa_like.Cluster, "ray" or None, found {cluster!r}')
-    if cluster is not None and num_devices not in (None, cluster.num_devices):
-        raise ClusterError(
-            f"num_devices is {num_devices}, but cluster {cluster.name} has {cluster.num_devices} devices"
-        )
+    _check_size(cluster, num_devices)
     wanted = num_devices or (cluster.num_devices if cluster else None)
     emulate(wanted or EMULATED_DEVICES)
     devices = jax.devices()
@@ -136,8 +130,21 @@ def start(cluster: Cluster | None = None, num_devices: int | None = None) -> Ses
             EMULATED_DEVICES,
         )
     stop()
+    _ended.clear()
     _sessions.append(Session(tuple(devices[:wanted]), cluster))
     return _sessions[0]
+
+
+def _check_size(cluster: Cluster | None, num_devices: int | None) -> None:
+    """Raise `ClusterError` unless `num_devices` is a count that the description has, too."""
+    if num_devices is not None and (type(num_devices) is not int or num_devices < 1):
+        raise ClusterError(f"num_devices must be a whole number of at least 1, found {num_devices!r}")
+    if cluster is not None and type(cluster) is not Cluster:
+        raise ClusterError(f'cluster must be an alpa_like.Cluster, "ray" or None, found {cluster!r}')
+    if cluster is not None and num_devices not in (None, cluster.num_devices):
+        raise ClusterError(
+            f"num_devices is {num_devices}, but cluster {cluster.name} has {cluster.num_devices} devices"
+        )
 
 
 def _asked_elsewhere() -> bool:
@@ -148,7 +155,7 @@ def _asked_elsewhere() -> bool:
 
 def emulate(count: int) -> None:
     """Ask for `count` CPU devices, if JAX has not started. Touches no device; without effect on GPUs and TPUs."""
-    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * max(count, EMULATED_DEVICES)))
+    os.environ.setdefault("NPROC", threads_for(count))
     if _asked_elsewhere():
         return
     try:
@@ -158,13 +165,26 @@ def emulate(count: int) -> None:
 
 
 def current() -> Session:
-    """The session, started with defaults if there is none."""
-    return _sessions[0] if _sessions else start()
+    """The session, started with defaults if there is none; after one on Ray, on what this process has."""
+    if _sessions:
+        return _sessions[0]
+    if not _ended:
+        return start()
+    found = jax.devices()
+    logger.warning(
+        "the Ray session has ended, so from here on steps run on %d %s device(s) of this process; call alpa.init to "
+        "choose others",
+        len(found),
+        found[0].platform,
+    )
+    return start(num_devices=len(found))
 
 
 def stop() -> None:
     """End the session, and its workers if there are some."""
     for session in _sessions:
+        _ended.clear()
         if session.remote is not None:
             session.remote.stop()
+            _ended.append(session.remote.number)
     _sessions.clear()

@@ -28,7 +28,7 @@ from alpa_like.placement import AbstractDevices
 from alpa_like.reshard import Layout
 from alpa_like.runtime.transport import sharding_of
 
-__all__ = ["BufferType", "Staged", "make_piece", "stage_function"]
+__all__ = ["BufferType", "Staged", "check_travels", "make_piece", "stage_function"]
 
 _STAY = ("callback", "debug_print", "custom_partitioning", "inspect_sharding", "infeed", "outfeed")
 """Parts of the names of primitives that call back into the process that lowered them."""
@@ -264,16 +264,16 @@ def _trace(
 def _lower(name: str, traced: Traced, devices: Sequence[Any]) -> Lowered:
     if not isinstance(devices, AbstractDevices):
         return traced.lower()
-    _check_travels(name, traced.jaxpr)
+    check_travels(f"piece {name}", traced.jaxpr)
     return traced.lower(lowering_platforms=(devices.lowering_platform,))
 
 
-def _check_travels(name: str, closed: ClosedJaxpr) -> None:
-    """Raise `ProgramError` for what can't leave this process."""
+def check_travels(name: str, closed: ClosedJaxpr) -> None:
+    """Raise `ProgramError` for what can't leave this process; `name` is whatever has the jaxpr."""
     for found in _primitives(closed.jaxpr):
         if any(part in found for part in _STAY):
             raise ProgramError(
-                f"piece {name} calls back into Python ({found}), and a step that runs in other processes can't; "
+                f"{name} calls back into Python ({found}), and a step that runs in other processes can't; "
                 "take jax.debug.print, pure_callback, io_callback and the like out of the step"
             )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Generator
@@ -12,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-_TESTS = Path(__file__).parent
-_STORE_BYTES = 80 * 2**20
+from benchmarks.ray_local import STORE_BYTES, ray_folder
+
+SHARED = (Path(__file__).parent, Path(__file__).parents[1])
+"""Where processes of Ray find this module, and what it imports."""
 
 
 @dataclass
@@ -27,7 +26,7 @@ class LocalRay:
     cluster: Any
 
     def add(self, name: str, cpus: int, gpus: int = 0) -> None:
-        has = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": _STORE_BYTES}
+        has = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": STORE_BYTES}
         with forks_allowed():
             self.nodes[name] = self.cluster.add_node(node_name=name, **has)
 
@@ -44,41 +43,24 @@ def forks_allowed() -> Generator[None]:
         yield
 
 
-def ray_environment(folder: str) -> dict[str, str]:
-    """What Ray's processes are started with: on this machine only, apart from others, quick to notice a lost node."""
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # read by Ray as: no other machines, so all is on 127.0.0.1
-        "RAY_TMPDIR": folder,
-        "RAY_health_check_initial_delay_ms": "0",
-        "RAY_health_check_period_ms": "500",
-        "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH", "")])),
-    }
-
-
 @contextmanager
 def local_ray_cluster(nodes: int, cpus: int = 1) -> Generator[LocalRay]:
     """`nodes` nodes `n0`, `n1`, ... on 127.0.0.1, with `cpus` CPUs each to Ray, that end with the context.
 
     Ray's environment is set in the context. It must be entered before Ray is imported.
     """
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        (Path(folder) / "ray").mkdir()  # where Ray's Cluster writes its address
-        with mock.patch.dict(os.environ, ray_environment(folder)):
-            os.environ.pop("RAY_ADDRESS", None)
-            local = _started(nodes, cpus)
-            try:
-                yield local
-            finally:
-                _end(local.cluster)
+    with ray_folder(*SHARED):
+        local = _started(nodes, cpus)
+        try:
+            yield local
+        finally:
+            _end(local.cluster)
 
 
 def _started(nodes: int, cpus: int) -> LocalRay:
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": cpus, "node_name": "n0", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    head = {"num_cpus": cpus, "node_name": "n0", "include_dashboard": False, "object_store_memory": STORE_BYTES}
     with forks_allowed():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     local = LocalRay(cluster.address, {"n0": cluster.head_node}, cluster)
@@ -105,28 +87,6 @@ def wait_until(happened: Any, seconds: float = 10.0) -> bool:
     while not happened() and time.monotonic() < deadline:
         time.sleep(0.05)
     return bool(happened())
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
-
-
-def processes_naming(text: str) -> list[int]:
-    """The processes with `text` in their command line, as Ray's have the folder of their session."""
-    found: list[int] = []
-    for folder in Path("/proc").iterdir():
-        try:
-            command = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
-        except (OSError, NotADirectoryError):
-            continue
-        if folder.name.isdecimal() and text in command and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
 
 
 class Body:

@@ -138,6 +138,14 @@ def test_the_step_without_a_plan_says_how_to_get_one(tmp_path: Path) -> None:
         alpa.restore_checkpoint(tmp_path, alpa.parallelize(train_step))
 
 
+def test_create_state_names_what_is_to_be_compiled_first() -> None:
+    def made(key: Any, width: int = 2) -> Any:
+        return {"w": jax.random.normal(key, (width,))}
+
+    with pytest.raises(alpa.PlanError, match=r"call train_step\.compile\(jax\.eval_shape\(made, key\), batch\) first"):
+        alpa.create_state(made, jax.random.key(0), like=alpa.parallelize(train_step))
+
+
 def test_a_state_of_two_arguments_is_saved_as_a_tuple_or_one_by_one(tmp_path: Path) -> None:
     alpa.init(alpa.Cluster("two chips", 1, 2, CHIP, WIRE, WIRE, ("made up",)))
     step = alpa.parallelize(lambda w, v, x: (w - v, v * 2, x.sum()), batch_argnums=2)
@@ -318,6 +326,7 @@ def test_a_complete_step_is_not_replaced(tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     alpa.save_checkpoint(tmp_path, 2, 4).wait()
     assert alpa.restore_checkpoint(tmp_path, 0) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000004.damaged"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +336,8 @@ def test_a_complete_step_is_not_replaced(tmp_path: Path) -> None:
         ({"step": 1.5}, "step must be a whole number from 0 on, found 1.5"),
         ({"keep": 0}, "keep must be a whole number of at least 1"),
         ({"directory": "gs://bucket/run"}, "found the address gs://bucket/run; mount it"),
+        ({"directory": ""}, "must be the path of a folder, found ''"),
+        ({"directory": 5}, "must be the path of a folder, found 5"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:

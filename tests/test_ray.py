@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import operator
 import os
 import pickle
 import signal
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ray_support import LocalRay, local_ray_cluster, runs, wait_until
+from ray_support import LocalRay, local_ray_cluster, wait_until
 
 import alpa_like as alpa
 from alpa_like.chunked import ChunkedArray
 from alpa_like.runtime import session
 from alpa_like.runtime.remote_arrays import RemoteArray
+from benchmarks.ray_local import runs
 
 CHIP, WIRE = alpa.Device("chip", (("float32", 1e9),), 2**62, 1e9, 1.0), alpa.Link(1e9, 0.0)
 FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}  # compile the references quickly
@@ -40,7 +42,7 @@ def pids() -> list[int]:
     remote = session.current().remote
     if remote is None:
         return []
-    found = [worker.pid for worker in remote.workers._workers]  # pyright: ignore
+    found = [worker.pid for worker in remote.workers.running]
     STARTED.update(found)
     return found
 
@@ -99,10 +101,10 @@ def chain_step(params: Any, batch: Any) -> Any:
 
 
 def forward_step(params: Any, batch: Any) -> Any:
-    """An evaluation that hands the state on: outputs per example, and a metric twice."""
+    """An evaluation that hands the state on: outputs per example, a metric twice, a constant."""
     out = chain(params, batch["x"])
     error = jnp.mean((out - batch["y"]) ** 2)
-    return params, {"out": out, "error": error, "again": error}
+    return params, {"out": out, "error": error, "again": error, "table": np.arange(3)}
 
 
 def evaluate(params: Any, batch: Any) -> Any:
@@ -401,10 +403,14 @@ def test_a_remote_array_behaves_as_an_array(eight: None, steps: Steps, expected:
         "T": (x.T, w.T), "mean": (x.mean(), w.mean()), "sum": (np.sum(x), w.sum()), "abs": (abs(-x), abs(w)),
         "astype": (x.astype(jnp.bfloat16).astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32)),
         "pickle": (pickle.loads(pickle.dumps(x)), w), "copy": (copy.deepcopy(x), w), "list": (x.tolist(), w),
-        "compare": (x < loss, w < expected[1]),
+        "compare": (x < loss, w < expected[1]), "at": (x.at[0].set(1.0), jnp.asarray(w).at[0].set(1.0)),
+        "in place": (operator.iadd(x, 1), w + 1), "round": (round(x, 1), w.round(1)),
+        "in": (x.tolist()[0][0] in x, True),
     }  # fmt: skip
     for name, (a, b) in pairs.items():
         np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=1e-6, err_msg=name)
+    with pytest.raises(TypeError, match="can't be written to"):
+        np.add(w, w, out=x)  # type: ignore
     assert jax.block_until_ready(state)[0] is x
     assert x.block_until_ready() is x
     assert_same(jax.tree.map(np.asarray, state), expected[0])
@@ -467,7 +473,12 @@ def calling_step(params: Any, batch: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("step", "method"),
-    [(printing_step, alpa.ShardParallel()), (calling_step, alpa.ShardParallel()), (calling_step, pipeline(count=1))],
+    [
+        (printing_step, alpa.ShardParallel()),
+        (printing_step, pipeline()),
+        (calling_step, alpa.ShardParallel()),
+        (calling_step, pipeline(count=1)),
+    ],
 )
 def test_a_step_may_not_call_back(eight: None, step: Step, method: Any) -> None:
     with pytest.raises(alpa.ProgramError, match=r"calls back into Python") as info:

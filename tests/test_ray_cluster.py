@@ -10,21 +10,24 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from ray_support import LocalRay, local_ray_cluster, processes_naming, ray_environment, runs, wait_until
+from ray_support import SHARED, LocalRay, local_ray_cluster, wait_until
 
+import alpa_like as alpa
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError, PlanError, WorkerError
-from alpa_like.runtime import ray_hosts, ray_probes
+from alpa_like.runtime import ray_hosts, ray_probes, ray_workers
+from alpa_like.runtime import session as sessions
 from alpa_like.runtime.ray_actor import environment
 from alpa_like.runtime.ray_cluster import RayCluster
 from alpa_like.runtime.ray_connection import check_address
 from alpa_like.runtime.ray_hosts import Choice, Want, choose
 from alpa_like.runtime.ray_workers import Part, parts_of
+from benchmarks.ray_local import processes, ray_environment, runs
 
 BODY = "ray_support:Body"
 
@@ -121,10 +124,29 @@ def test_another_error_names_the_worker_and_what_it_said_while_others_still_run(
 
 
 def test_no_answer_in_time(session: RayCluster):
-    refs = session.call(session.workers(3, 1), "sleep", [(1.0,)])
+    refs = session.call(session.workers(0, 1), "sleep", [(1.0,)])
     with pytest.raises(WorkerError, match=r"^1 of 1 answers did not come within 0.3 s"):
         session.wait(refs, timeout_s=0.3)
     assert session.wait(refs) == [None]
+
+
+def test_a_worker_that_is_stopped_is_named(
+    session: RayCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """And no other one, though all are busy."""
+    monkeypatch.setattr(ray_workers, "_SILENT_S", 0.1)
+    monkeypatch.setattr(ray_workers, "_ANSWER_S", 1.0)
+    first, second = session.workers(0, 1)[0], session.workers(3, 1)[0]
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        refs = session.call([first, second], "note", [(0,), (0, 2.0)])
+        assert wait_until(lambda: session.ready(refs, 0.05) or caplog.records)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert [r.message for r in caplog.records] == [
+        f"waiting for {first}, which does not answer; is the process stopped?"
+    ]
+    session.wait(refs)
 
 
 def test_a_mesh_is_some_devices_of_a_host_or_whole_hosts(session: RayCluster):
@@ -134,11 +156,17 @@ def test_a_mesh_is_some_devices_of_a_host_or_whole_hosts(session: RayCluster):
         session.workers(2, 4)
 
 
-def test_a_body_that_fails(local: LocalRay):
+def test_a_body_that_fails(local: LocalRay, monkeypatch: pytest.MonkeyPatch):
+    """A new session waits until the process that failed has let go of its devices."""
+    waited: dict[str, list[int]] = {}
+    monkeypatch.setattr(ray_probes, "wait_for_nodes", lambda processes, _: waited.update(processes))
     with started(local, num_hosts=1, num_devices=1, body="no_such_module:Body") as other:
         with pytest.raises(WorkerError, match=r"^worker 1 of 1 for device 0 .*: ModuleNotFoundError: .*no_such_module"):
             other.workers(0, 1)
         assert other.poll_failure() is None
+        assert other.running == []
+        other.restart(20.0).stop()
+        assert [len(pids) for pids in waited.values()] == [1]
 
 
 # -------------------------------------------------------------------------------------------- what can't be started
@@ -204,6 +232,40 @@ def test_ray_is_missing():
 def test_a_wrong_address_is_one_sentence(address: str, message: str):
     with pytest.raises(ClusterError, match=message):
         check_address(address)
+
+
+class Running:
+    """The workers of a session that runs."""
+
+    number, stopped = 1, False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("ray",), {"address": "127.0.0.1:1"}, "no Ray cluster answers"),
+        (("ray",), {"address": ""}, "address must be host:port .* found ''"),
+        ((), {"address": ""}, "address must be host:port .* found ''"),
+        (("ray",), {"address": 6379}, "address must be host:port .* found 6379"),
+        (("ray",), {"num_devices": 0}, "num_devices must be a whole number"),
+        (("ray",), {"num_devices": 3, "num_hosts": 2}, "3 devices can't be spread evenly"),
+        (("ray",), {"max_restarts": -1}, "max_restarts must be a whole number"),
+        ((Cluster.dgx_a100(),), {"address": "local", "num_devices": 4}, "num_devices is 4, but cluster dgx-a100 has 8"),
+    ],
+)
+def test_bad_arguments_leave_the_session_alone(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    running: Any = Running()
+    monkeypatch.setattr(sessions, "_sessions", [sessions.Session((), None, running)])
+    with pytest.raises(ClusterError, match=message) as info:
+        alpa.init(*arguments, **options)
+    assert "\n" not in str(info.value)
+    assert not running.stopped
+    assert sessions.current().remote is running
 
 
 def test_the_address_of_another_server():
@@ -310,13 +372,16 @@ def test_known_accelerators_have_their_preset():
 # -------------------------------------------------------------------------------------------- deaths, and what is left
 
 
-def test_ctrl_c_releases_everything(local: LocalRay):
+@pytest.mark.parametrize(
+    "wait", [RayCluster.wait, lambda session, refs: session.ready(refs, 60.0)], ids=["wait", "ready"]
+)
+def test_ctrl_c_releases_everything(local: LocalRay, wait: Callable[[RayCluster, list[Any]], Any]):
     session = start(local, num_hosts=1, num_devices=1)
     (worker,) = session.workers(0, 1)
     refs = session.call([worker], "sleep", [(60.0,)])
     threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
-        session.wait(refs)
+        wait(session, refs)
     assert wait_until(lambda: not runs(worker.pid))
     with pytest.raises(ClusterError, match="was stopped by Ctrl-C"):
         session.workers(0, 1)
@@ -349,11 +414,11 @@ def test_a_cluster_of_its_own_ends_with_the_driver(tmp_path_factory: pytest.Temp
         print(*session.wait(session.call(session.workers(0, 2), "total", [()])))
     """
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        environment = os.environ | ray_environment(folder)
+        environment = os.environ | ray_environment(folder, *SHARED)
         command = [sys.executable, "-c", textwrap.dedent(script)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
         assert (done.returncode, done.stdout) == (0, "1.0\n"), done.stderr
-        assert wait_until(lambda: not processes_naming(folder))
+        assert wait_until(lambda: not processes(folder))
 
 
 def test_a_dead_process_and_a_lost_host(local: LocalRay):

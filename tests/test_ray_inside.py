@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ray_support import LocalRay, local_ray_cluster, runs, wait_until
+from ray_support import LocalRay, local_ray_cluster, wait_until
 
 import alpa_like as alpa
 from alpa_like.errors import ClusterError
-from alpa_like.runtime import session
+from alpa_like.runtime import ray_hosts, session
 from alpa_like.runtime.ray_cluster import RayCluster
 from alpa_like.runtime.ray_connection import placement_group_table, ray
+from benchmarks.ray_local import runs
 
 BODY = "ray_support:Body"
 
@@ -200,8 +201,15 @@ def test_bad_options(options: dict[str, Any], message: str):
         alpa.init("ray", **options)
 
 
-def test_ctrl_c_while_init_waits_for_hosts(local: LocalRay):
-    threading.Timer(6.0, _thread.interrupt_main).start()
+def test_ctrl_c_while_init_waits_for_hosts(local: LocalRay, monkeypatch: pytest.MonkeyPatch):
+    state_of = ray_hosts._state  # pyright: ignore[reportPrivateUsage]
+
+    def interrupted(choice: Any) -> str:
+        """Asked when hosts are missing, right before it waits."""
+        threading.Timer(0.1, _thread.interrupt_main).start()
+        return state_of(choice)
+
+    monkeypatch.setattr(ray_hosts, "_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         RayCluster.start(address=local.address, num_hosts=9)
     assert not ray.is_initialized()

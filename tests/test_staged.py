@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Layout], list[Layout]
     "no outputs": (lambda _: [], [np.float32(1)], [NOTHING], []),
     "unused, constant, as it is": (lambda a, b: [b, np.arange(3)], [np.float32(1), np.int32(2)], [NOTHING, NOTHING],
                                    [NOTHING, layout((2, 2), 4, "")]),
-    "one device": (lambda x: [jnp.sort(x)], [np.array([3, 1, 2])], [layout((1,), 7, "")], [layout((1,), 7, "x")]),
+    "one device": (lambda x: [jnp.sort(x)], [np.int32([3, 1, 2])], [layout((1,), 7, "")], [layout((1,), 7, "x")]),
     "two meshes of the same devices": (lambda x: [x + 1], [np.ones((8, 4), np.float32)], [layout((2, 2), 4, "y", "x")],
                                        [layout((4,), 4, "", "x")]),
     "a loop": (lambda x: [lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ y), x)], [np.eye(4, dtype=np.float32)], [ROWS],
@@ -129,7 +129,7 @@ def test_donated_buffers_are_taken() -> None:
 def test_only_the_devices_of_the_piece_are_looked_up() -> None:
     """A worker has its own devices only, under their global numbers; their order is that of the layouts' meshes."""
     one = layout((2, 2), 20, "yx")
-    staged = stage_function("number", lambda x: [x * 2], [jax.ShapeDtypeStruct((4,), int)], [one], [one],
+    staged = stage_function("number", lambda x: [x * 2], [jax.ShapeDtypeStruct((4,), np.int32)], [one], [one],
                             AbstractDevices(24, "cpu"))  # fmt: skip
     chosen = {20: 6, 21: 1, 22: 7, 23: 0}
     piece = staged.compile({n: jax.devices()[i] for n, i in chosen.items()})  # pyright: ignore[reportArgumentType]
