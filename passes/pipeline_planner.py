@@ -115,8 +115,8 @@ def _one_loop_per_stage(
         final = whole.written(layers, specs, pipeline.schedule)
     except InfeasibleError:
         return parts
-    assert final.pipeline is not None
     final = replace(final, solver=replace(final.solver, considered=(*plan.solver.considered, *whole.considered)))
+    assert final.pipeline is not None
     return replace(final, pipeline=replace(final.pipeline, scan=(length, merged)))
 
 
