@@ -18,8 +18,6 @@ from alpa_like.schedule import HELD_CHANGE
 from alpa_like.simulate import Event, Simulation
 
 WAIT = "waiting"
-MICRO_PIECES = ("forward", "backward", "input_grad", "weight_grad")
-"""What a stage runs once per micro-batch; the rest runs once a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +147,9 @@ def _work(plan: Plan, mesh: Mesh, row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _runs(pipeline: Pipeline | None, stage: StagePlan) -> int:
-    """How often a mesh runs a piece in a step."""
-    is_micro = pipeline is not None and stage.name.partition(" ")[0] in MICRO_PIECES
-    return pipeline.num_micro_batches if pipeline is not None and is_micro else 1
+    """How often a mesh runs a piece in a step: tasks of the schedule once per micro-batch, all else once."""
+    is_task = stage.name.partition(" ")[0] in HELD_CHANGE
+    return pipeline.num_micro_batches if pipeline is not None and is_task else 1
 
 
 def memory_limit(plan: Plan) -> float:
