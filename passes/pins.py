@@ -165,14 +165,17 @@ class PinWriter:
     def detour(self, port: Port, moves: tuple[Move, ...]) -> tuple[Spec, ...]:
         """A layout to pin before the others.
 
-        Lookups in a split table are summed whole, then cut: the partitioner gathers them when it sees the cut at once,
-        but does all-reduce and slice as one reduce-scatter where there is one. Pads, slices and others that have dims
-        to be kept whole are computed so, then cut: it gets some of them wrong otherwise.
+        What an op makes in another layout than it is kept in is pinned as it is made, or the partitioner may compute
+        the op as it is kept, and gather operands for that. Lookups in a split table are summed whole, then cut: the
+        partitioner gathers them when it sees the cut at once, but does all-reduce and slice as one reduce-scatter
+        where there is one. Pads, slices and others that have dims to be kept whole are computed so, then cut: it gets
+        some of them wrong otherwise.
         """
         op = self.groups.graph.ops[port.op]
         cut = bool(op.rule.fixed) and bool(moves) and moves[0].kind == "slice"
         looked_up = op.name == "stablehlo.gather" and any(m.kind == "reduce-scatter" for m in moves)
-        if not (cut or looked_up):
+        moved = bool(moves) and PARTIAL not in moves[0].source and moves[0].kind in ("all-gather", "all-to-all")
+        if not (cut or looked_up or moved):
             return ()
         whole = tuple(WHOLE if place == PARTIAL else place for place in moves[0].source)
         return (spec_of(whole, self.groups.graph.tensors[port.member.tensor].shape),)
