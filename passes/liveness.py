@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from alpa_like.graph import Op, OpGraph, batch_dims
+from alpa_like.graph import Op, OpGraph, batch_dims, meets_batch
 from alpa_like.passes.groups import ACCUMULATE, Segments
 
 __all__ = ["Flying", "Liveness"]
@@ -65,8 +65,15 @@ class Liveness:
 
     @cached_property
     def waiting(self) -> frozenset[int]:
-        """Activations: what has a batch dim lies on the path from the loss and back, where one op waits for another."""
-        return frozenset(batch_dims(self.graph, self.batch))
+        """What lies on the path to the loss and back, where one op waits for another.
+
+        That is what has a batch dim, and what is made of such and meets the batch again: statistics of a batch norm.
+        """
+        found, made = set(batch_dims(self.graph, self.batch)), set(self.batch)
+        for op in self.graph.ops:
+            if not made.isdisjoint(op.operands):
+                made.update(op.results)
+        return frozenset(found | made & meets_batch(self.graph, self.batch))
 
     @cached_property
     def stored(self) -> frozenset[int]:
