@@ -37,14 +37,14 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import ClusterError
-from alpa_like.profiling import fastest, profile_of, rounded
+from alpa_like.profiling import dense_flops, fastest, profile_of, rounded
 
 __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 2
+_FORMAT = 3
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}
@@ -184,18 +184,19 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
     platform, kind = devices[0].platform, devices[0].device_kind
     mesh = Mesh(np.array(devices), ("devices",))
     sizes = _sizes(platform, len(devices))
-    bandwidth = _memory_bandwidth(mesh, sizes)
+    bandwidth, peaks = _memory_bandwidth(mesh, sizes), _matmul_flops(mesh, sizes, platform)
+    profile = profile_of(mesh) if platform == "cpu" and len(devices) > 1 else None
     device = Device(
         name=kind,
-        peak_flops=_matmul_flops(mesh, sizes, platform),
+        peak_flops=peaks,
         memory_bytes=_memory_bytes(devices),
         memory_bandwidth_bytes_per_s=bandwidth,
-        flops_efficiency=1.0,  # the measured rate is what a large matmul reaches
+        # The measured rate is what a large matmul reaches; emulated devices reach a part of it in a train step.
+        flops_efficiency=min(1.0, rounded(dense_flops(mesh, profile) / dict(peaks)["float32"])) if profile else 1.0,
         exposed=float(platform == "cpu"),  # cores wait for what they read
     )
     link = _all_reduce_link(mesh, sizes) if len(devices) > 1 else Link(bandwidth, _LONE_LATENCY_S)
     source = f"measured by alpa_like.calibrate with jaxlib {jaxlib_version}, all devices busy"
-    profile = profile_of(mesh) if platform == "cpu" and len(devices) > 1 else None
     cluster = Cluster(f"local-{platform}", 1, len(devices), device, link, link, (source,), profile=profile)
     _log.info("measured %s in %.1f s", cluster, time.perf_counter() - start)
     return cluster

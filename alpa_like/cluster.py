@@ -165,9 +165,9 @@ class Profile:
 
     kernel_s: seconds that a kernel takes however little it does. simple_s and costly_s: seconds per element of an
     addition and the like, and of an exponential and the like, in element-wise kernels that memory does not slow down.
-    transposed_s: seconds per element whose dims must be put in another order: a transpose in front of an element-wise
-    op, a matmul's left side that is contracted over another than its last dim, the result of an all-gather along
-    another than its first one.
+    turned: bytes from one row to the next, powers of two, rising, each with the seconds per element that it takes to
+    read a matrix with such rows by its columns: a matmul's left side that is contracted over another than its last
+    dim, what an all-gather along the last dim sends, a transpose in front of an element-wise op.
     calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
     together into few calls where they don't wait for each other.
     """
@@ -175,16 +175,32 @@ class Profile:
     kernel_s: float
     simple_s: float
     costly_s: float
-    transposed_s: float
+    turned: tuple[tuple[int, float], ...] = ()
     calls: tuple[CallTime, ...] = ()
     joined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what in ("kernel_s", "simple_s", "costly_s", "transposed_s"):
+        for what in ("kernel_s", "simple_s", "costly_s"):
             _check_positive(f"a profile's {what}", getattr(self, what), or_zero=True)
+        rows = [row for row, _ in self.turned]
+        if rows != sorted(set(rows)) or any(row < 1 or row & (row - 1) for row in rows):
+            raise ClusterError(f"a profile's turned must list rising powers of two of bytes, found {rows}")
+        for row, seconds in self.turned:
+            _check_positive(f"a profile's turned: the seconds for rows of {row} bytes", seconds, or_zero=True)
         found = [(call.kind, call.members) for call in self.calls]
         if found != sorted(set(found)):
             raise ClusterError(f"a profile's calls must be sorted by kind and members, each once, found {found}")
+
+    def turn_s(self, row_bytes: float) -> float:
+        """Seconds per element to read a matrix by its columns whose rows are `row_bytes` apart.
+
+        The elements of a column lie in few sets of the caches if that distance is a multiple of a large power of two,
+        so the largest one that divides it decides.
+        """
+        if not self.turned:
+            return 0.0
+        power = int(row_bytes) & -int(row_bytes)
+        return next((s for row, s in reversed(self.turned) if row <= power), self.turned[0][1])
 
     def call(self, kind: str, members: int) -> CallTime | None:
         """The entry of this kind with the most members that the group has, else of the fewest."""
@@ -520,8 +536,11 @@ class Cluster:
 def _profile(data: dict[str, Any] | None) -> Profile | None:
     if data is None:
         return None
-    figures = {name: value for name, value in data.items() if name not in ("calls", "joined")}
-    return Profile(**figures, calls=tuple(CallTime(**call) for call in data["calls"]), joined=tuple(data["joined"]))
+    figures = dict(data)
+    figures["turned"] = _pairs(data["turned"])
+    figures["calls"] = tuple(CallTime(**call) for call in data["calls"])
+    figures["joined"] = tuple(data["joined"])
+    return Profile(**figures)
 
 
 def _pairs(groups: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

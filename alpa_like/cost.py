@@ -49,12 +49,17 @@ class CostModel(Protocol):
         """Seconds of element-wise work: elements of simple and of costly functions, bytes through the memory."""
         ...
 
-    def kernel_s(self, flops: float, nbytes: float, dtype: str, *, transposed: float) -> float:
-        """Seconds of an op that is a kernel of its own; `transposed` elements of its left side must be turned."""
+    def kernel_s(self, flops: float, nbytes: float, dtype: str) -> float:
+        """Seconds of an op that is a kernel of its own."""
         ...
 
-    def turn_s(self, elements: float) -> float:
-        """Seconds that it takes longer to read elements whose dims lie in another order than a kernel wants."""
+    def turn_s(self, elements: float, row_bytes: float) -> float:
+        """Seconds that it takes longer to read a matrix by its columns; its rows are `row_bytes` apart."""
+        ...
+
+    @property
+    def copies_turned(self) -> bool:
+        """Whether what is read by its columns is first copied."""
         ...
 
     @property
@@ -108,13 +113,18 @@ class RingCost:
 
     def elementwise_s(self, simple: float, costly: float, nbytes: float) -> float:
         memory, profile = self.compute_s(0.0, nbytes, "f32"), self.cluster.profile
-        return max(memory, simple * profile.simple_s + costly * profile.costly_s) if profile else memory
+        work = simple * profile.simple_s + costly * profile.costly_s if profile else 0.0
+        return max(memory, work) + self.cluster.device.exposed * min(memory, work)
 
-    def kernel_s(self, flops: float, nbytes: float, dtype: str, *, transposed: float) -> float:
-        return self.launch_s + self.compute_s(flops, nbytes, dtype) + self.turn_s(transposed)
+    def kernel_s(self, flops: float, nbytes: float, dtype: str) -> float:
+        return self.launch_s + self.compute_s(flops, nbytes, dtype)
 
-    def turn_s(self, elements: float) -> float:
-        return elements * self.cluster.profile.transposed_s if self.cluster.profile else 0.0
+    def turn_s(self, elements: float, row_bytes: float) -> float:
+        return elements * self.cluster.profile.turn_s(row_bytes) if self.cluster.profile else 0.0
+
+    @property
+    def copies_turned(self) -> bool:
+        return self.cluster.profile is not None and bool(self.cluster.profile.turned)
 
     @property
     def joins_reductions(self) -> bool:

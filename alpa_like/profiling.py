@@ -1,10 +1,13 @@
 """Measures what emulated devices add to peaks and rings: the `Profile` of `alpa_like.calibrate`.
 
-Every program runs on all devices and does its work several times, so that one dispatch is shared by all of it.
+Every program runs on all devices and does its work several times, so that one dispatch is shared by all of it. Matmuls
+and collectives are measured as a train step has them, one among the other: devices that share cores don't arrive at a
+collective together, and what a matmul reads was last used long ago. Alone, both take about two thirds of that.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alpa_like.cluster import CallTime, Profile
 
-__all__ = ["fastest", "profile_of", "rounded"]
+__all__ = ["dense_flops", "fastest", "profile_of", "rounded"]
 
 _Step = Callable[[jax.Array], jax.Array]
 
@@ -25,7 +28,15 @@ _ROWS, _WIDTH = 128, 1024
 _BUFFERS = (2**12, 2**21)
 """Bytes of the buffers of collectives: one that shows the latency, one that shows the bandwidth."""
 
+_TURNED_ROWS = (2**9, 2**10, 2**11, 2**12, 2**13)
+"""Bytes from one row to the next of the matrices that are read by columns; caches don't tell longer ones apart."""
+
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
+
+_TYPICAL_RUNS = 9
+"""Runs of what is measured as in a step, where the median counts, since steps are no faster than that."""
+
+_DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH = 8, 256, 512
 
 _JOINED = ("all-reduce",)
 """XLA's CPU backend combines all-reduces, and no other collective."""
@@ -38,6 +49,10 @@ def rounded(value: float) -> float:
 
 def fastest(step: _Step, x: jax.Array, *, calls: int = 1, runs: int = _RUNS) -> float:
     """Least seconds of `x = step(x)`, of `runs` times `calls` in a row; the first, which compiles, is left out."""
+    return min(_times(step, x, calls, runs))
+
+
+def _times(step: _Step, x: jax.Array, calls: int, runs: int) -> list[float]:
     x = jax.block_until_ready(step(x))
     times: list[float] = []
     for _ in range(runs):
@@ -46,7 +61,7 @@ def fastest(step: _Step, x: jax.Array, *, calls: int = 1, runs: int = _RUNS) -> 
             x = step(x)
         jax.block_until_ready(x)
         times.append((time.perf_counter() - start) / calls)
-    return min(times)
+    return times
 
 
 def profile_of(mesh: Mesh) -> Profile:
@@ -61,8 +76,8 @@ def profile_of(mesh: Mesh) -> Profile:
         rounded(kernel_s),
         rounded(max(0.0, simple) / elements / 16),
         rounded(max(0.0, costly) / elements / 2),
-        _transposed_s(mesh),
-        tuple(sorted(_calls(mesh, empty), key=lambda call: (call.kind, call.members))),
+        tuple((row, rounded(_turned_s(mesh, row))) for row in _TURNED_ROWS),
+        tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
         _JOINED,
     )
 
@@ -81,50 +96,84 @@ def _sixteen(x: jax.Array) -> jax.Array:
     return y
 
 
-def _transposed_s(mesh: Mesh) -> float:
-    """Seconds per element of the left side of a matmul that it takes longer if it is read across rows."""
-    n, times = 512, _TIMES // 2
+def _turned_s(mesh: Mesh, row_bytes: int) -> float:
+    """Seconds per element of the left side of a matmul that it takes longer if it is read by its columns."""
+    rows, width, narrow = 256, row_bytes // 4, 32
 
     def multiply(turn: bool, x: jax.Array) -> jax.Array:
-        w = x[:, : n // 2] * 0.5
-        for _ in range(times):
-            y = jax.lax.optimization_barrier((x.T if turn else x) @ w)
+        w = x.reshape(rows, width)[:, :narrow] * 0.5
+        for number in range(_TIMES):
+            y = jax.lax.optimization_barrier(x * (number + 1.0))
+            y = jax.lax.optimization_barrier((y.T if turn else y) @ w)
             x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
         return x
 
-    plain, turned = (_seconds(mesh, partial(multiply, turn), n, n) for turn in (False, True))
-    return rounded(max(0.0, turned - plain) / (times * n * n))
+    turned = _seconds(mesh, partial(multiply, True), rows, width)
+    plain = _seconds(mesh, partial(multiply, False), width, rows)
+    return max(0.0, turned - plain) / (_TIMES * rows * width)
 
 
-def _seconds(mesh: Mesh, step: _Step, rows: int, width: int, names: tuple[str, ...] = ("devices",)) -> float:
-    """Seconds of a step on an array [rows, width] on each device."""
+def _seconds(
+    mesh: Mesh, step: _Step, rows: int, width: int, names: tuple[str, ...] = ("devices",), *, typical: bool = False
+) -> float:
+    """Seconds of a step on an array [rows, width] on each device: the least, or the median."""
     spec = PartitionSpec(names)
     run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
     x = jnp.full((mesh.size * rows, width), 0.5, jnp.float32, device=NamedSharding(mesh, spec))
-    return fastest(run, x)
+    return statistics.median(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
 
 
-def _calls(mesh: Mesh, empty: float) -> list[CallTime]:
+def dense_flops(mesh: Mesh, profile: Profile) -> float:
+    """FLOP/s per device of matmuls in a train step through dense layers, forward and backward."""
+    layers, rows, width = _DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH
+
+    def loss(w: jax.Array) -> jax.Array:
+        y = w[:rows]
+        for number in range(layers):
+            y = y @ (w[number * width : (number + 1) * width] * 0.05)
+        return (y * y).sum()
+
+    seconds = _seconds(mesh, lambda w: w - 1e-9 * jax.grad(loss)(w), layers * width, width, typical=True)
+    turned = layers * rows * width * profile.turn_s(4 * width)  # the left sides of the weights' gradients
+    return 6 * layers * rows * width * width / max(seconds - turned, 0.1 * seconds)
+
+
+def _calls(mesh: Mesh) -> list[CallTime]:
     """Every kind of collective among 2, 4, … devices, all groups at once."""
     sizes = [n for n in (2**k for k in range(1, mesh.size.bit_length())) if mesh.size % n == 0]
     members = sorted({*sizes, mesh.size} - {1})
-    return [_call(mesh, empty, kind, n) for kind in _COLLECTIVES for n in members]
+    return [_call(mesh, kind, n) for kind in _COLLECTIVES for n in members]
 
 
-def _call(mesh: Mesh, empty: float, kind: str, members: int) -> CallTime:
+def _call(mesh: Mesh, kind: str, members: int) -> CallTime:
     """Fits seconds = latency + bytes of the buffer / bandwidth to a small and a large buffer."""
     devices = mesh.devices.reshape(-1, members)
     groups, seconds = Mesh(devices, ("groups", "members")), list[float]()
     for nbytes in _BUFFERS:
-        step = partial(_repeat, partial(_COLLECTIVES[kind], members), _TIMES)
         # Rows and columns must both be multiples of the members.
-        width = nbytes // 4 // (4 * members)
-        whole = _seconds(groups, step, 4 * members, width // members * members, ("groups", "members"))
-        seconds.append(max(whole - empty, 1e-9) / _TIMES)
+        rows, width = 4 * members, nbytes // 4 // (4 * members) // members * members
+        steps = (partial(_among_matmuls, step) for step in (partial(_COLLECTIVES[kind], members), _nothing))
+        whole, alone = (_seconds(groups, s, rows, width, ("groups", "members"), typical=True) for s in steps)
+        seconds.append(max(whole - alone, 1e-9) / _TIMES)
     small, large = seconds
     inverse = max(large - small, 1e-12) / (_BUFFERS[1] - _BUFFERS[0])
     latency = max(0.0, small - inverse * _BUFFERS[0])
     return CallTime(kind, members, rounded(latency), rounded(1 / inverse))
+
+
+def _among_matmuls(collective: _Step, x: jax.Array) -> jax.Array:
+    y = jnp.full((_DENSE_ROWS, _DENSE_ROWS), 1e-3, jnp.float32)
+    for _ in range(_TIMES):
+        y, x = jax.lax.optimization_barrier((y + x[0, 0], x))
+        for _ in range(2):
+            y = y @ y
+        x, y = jax.lax.optimization_barrier((x, y))
+        x = collective(jax.lax.dynamic_update_slice(x, y[:1, :1], (0, 0)))
+    return x
+
+
+def _nothing(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _all_reduce(members: int, x: jax.Array) -> jax.Array:

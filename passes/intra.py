@@ -38,7 +38,7 @@ from alpa_like.passes.groups import ACCUMULATE, Copy, Groups, Member, Port, firs
 from alpa_like.passes.layouts import PARTIAL, WHOLE, State, TensorSpace, states_of
 from alpa_like.passes.liveness import Flying, Liveness
 
-__all__ = ["Decision", "Restrictions", "ShardingProblem", "Spaces", "Spec", "build"]
+__all__ = ["Decision", "Restrictions", "ShardingProblem", "Shared", "Spaces", "Spec", "build"]
 
 Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor."""
@@ -147,7 +147,19 @@ class ShardingProblem:
 
 
 Spaces = dict[tuple[tuple[int, ...], int, bool], TensorSpace]
-"""Reshard tables by shape, bits and whether collectives travel together; one cost model's problems may share them."""
+"""Reshard tables by shape, bits and whether collectives travel together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the problems of one cost model can have in common: reshard tables, arrays of costs, lists of choices.
+
+    Arrays that are equal in several problems are then the same objects, by which elimination recognises them.
+    """
+
+    spaces: Spaces = field(default_factory=dict[Any, Any])
+    arrays: dict[object, Costs] = field(default_factory=dict[object, Costs])
+    choices: dict[object, list[State]] = field(default_factory=dict[object, list[State]])
 
 
 def build(
@@ -155,9 +167,11 @@ def build(
     cost: CostModel,
     liveness: Liveness,
     restrictions: Restrictions,
-    spaces: Spaces | None = None,
+    shared: Shared | None = None,
 ) -> ShardingProblem:
-    return _Builder(groups, cost, liveness, restrictions, {} if spaces is None else spaces).build()
+    """The problem; `shared` comes from other problems of the same cost model, and saves making the same things anew."""
+    known = shared or Shared()
+    return _Builder(groups, cost, liveness, restrictions, known.spaces, known.arrays, known.choices).build()
 
 
 def _place(member: Member, state: State) -> State:
@@ -173,8 +187,8 @@ class _Builder:
     liveness: Liveness
     restrictions: Restrictions
     spaces: Spaces
-    cache: dict[object, Costs] = field(default_factory=dict)
-    lists: dict[object, list[State]] = field(default_factory=dict)
+    cache: dict[object, Costs]
+    lists: dict[object, list[State]]
     reshards: list[Reshard] = field(default_factory=list[Reshard])
     flying: set[int] = field(default_factory=set[int])
     others: list[Usage] = field(default_factory=list[Usage])
@@ -192,7 +206,13 @@ class _Builder:
         pairs = self.pairs(domains, strategies)
         names = (*(f"group {g}" for g in range(len(domains))), *(f"op {op}" for op in self.groups.nodes))
         unary = (*group_costs, *op_costs)
-        usages = (*self.usages(domains), *self.totals(strategies, len(domains)), *self.held(domains, strategies))
+        first = len(domains)
+        usages = (
+            *self.usages(domains),
+            *self.totals(strategies, first),
+            *self.held(domains, strategies),
+            *self.copied(strategies, first),
+        )
         problem = AssignmentProblem(unary, pairs, usages, names=names)
         end = len(self.graph.ops) + 1
         lasting = tuple(u for u in usages if (u.start == 0 and u.end >= end) or id(u) in self.flying)
@@ -304,20 +324,17 @@ class _Builder:
             for m in self.groups.by_group[group]
             if m.version == "home"
         )
-        shape, (simple, costly, kernels, turned) = self.groups.shapes[group], self.elementwise_work(group)
-        seconds = self.cost.elementwise_s(simple, costly, nbytes) + self.cost.turn_s(turned) + _TIE_BREAK_S_PER_BYTE
+        shape, (simple, costly, kernels) = self.groups.shapes[group], self.elementwise_work(group)
+        seconds = self.cost.elementwise_s(simple, costly, nbytes) + _TIE_BREAK_S_PER_BYTE
         launches = kernels * self.cost.launch_s
         key = ("group", shape, id(domain), seconds, launches)
         if key not in self.cache:
             self.cache[key] = self.elements(shape, domain) * seconds + launches
         return self.cache[key]
 
-    def elementwise_work(self, group: int) -> tuple[float, float, float, float]:
-        """Simple and costly functions per element of a group, the kernels that these come in, transposes per element.
-
-        A transpose is fused into each of its element-wise readers. Matmuls read their operands as they lie.
-        """
-        simple = costly = kernels = turned = 0.0
+    def elementwise_work(self, group: int) -> tuple[float, float, float]:
+        """Simple and costly functions per element of a group, and the kernels that these come in."""
+        simple = costly = kernels = 0.0
         for m in self.groups.by_group[group]:
             maker = self.graph.tensors[m.tensor].op
             if m.version == "home" and maker >= 0 and self.graph.ops[maker].elementwise:
@@ -326,10 +343,7 @@ class _Builder:
                 simple += weight * op.count
                 costly += (op.name in _COSTLY) * op.count
                 kernels += self.liveness.materialized[m.tensor] * op.count
-                if op.name == "stablehlo.transpose" and _reorders(op):
-                    readers = (self.graph.ops[u] for u, _ in self.graph.uses[m.tensor])
-                    turned += op.count * sum(r.elementwise for r in readers)
-        return simple, costly, kernels, turned
+        return simple, costly, kernels
 
     def elements(self, shape: tuple[int, ...], domain: list[State]) -> npt.NDArray[np.float64]:
         space = self.space(shape, 32)
@@ -345,15 +359,15 @@ class _Builder:
         return self.cache[key]
 
     def op_seconds(self, op: Op, strategy: State, dtype: str, sizes: tuple[tuple[tuple[int, ...], int], ...]) -> float:
-        shards = _factor_shards(op.rule, strategy, self.mesh)
-        local = [-(-size // n) for size, n in zip(op.rule.sizes, shards, strict=True)]
+        local = self.local(op, strategy)
         share = math.prod(k / size for k, size in zip(local, op.rule.sizes, strict=True) if size)
         if op.name in _FREE_OPS:
             return share * op.flops * _TIE_BREAK_S_PER_BYTE
         tensors = zip((*op.rule.operands, *op.rule.results), sizes, strict=True)
         nbytes = [_local_elements(dims, local, shape) * bits / 8 for dims, (shape, bits) in tensors]
-        turned = math.prod(local[f] for dim in op.rule.operands[0] for f in dim) if _turns(op) else 0.0
-        return self.cost.kernel_s(op.flops * share, _touched(op.name, nbytes), dtype, transposed=turned)
+        turned, row = _turned(op, local)
+        seconds = self.cost.kernel_s(op.flops * share, _touched(op.name, nbytes), dtype)
+        return seconds + self.cost.turn_s(turned, row * sizes[0][1] / 8)
 
     def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
         node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
@@ -385,15 +399,14 @@ class _Builder:
 
     def port_costs(self, port: Port, domain: list[State], strategies: list[State]) -> Costs:
         """Rows: the group's layouts; columns: the op's strategies."""
-        op = self.graph.ops[port.op]
+        op, shape = self.graph.ops[port.op], self.graph.tensors[port.member.tensor].shape
         space = self.tensor_space(port.member.tensor)
         key = (
-            "port", op.rule, port.port, port.result, space.shape, space.bits, space.combined, id(domain),
+            "port", op.rule, port.port, port.result, shape, space.bits, space.combined, id(domain),
             port.member.dims, id(strategies), op.count, op.name == ACCUMULATE,
         )  # fmt: skip
         if key not in self.cache:
             mine = [space.index[_place(port.member, s)] for s in domain]
-            shape = self.graph.tensors[port.member.tensor].shape
             needs = [space.index[port_state(op.rule, port, s, shape)] for s in strategies]
             table = space.seconds[np.ix_(needs, mine)].T if port.result else space.seconds[np.ix_(mine, needs)]
             # The sum over micro-batches is reduced once, behind the last of them.
@@ -475,6 +488,29 @@ class _Builder:
                 found.append(Usage(home, last, last + 1, self.local_bytes(home, domains, -bits)))
         return found
 
+    def copied(self, strategies: list[list[State]], first: int) -> list[Usage]:
+        """Memory of the left sides of matmuls that are copied to be read by their columns."""
+        if not self.cost.copies_turned:
+            return []
+        found: list[Usage] = []
+        for i, number in enumerate(self.groups.nodes):
+            op = self.graph.ops[number]
+            if _turned(op, list(op.rule.sizes))[0]:
+                bits = dtype_bits(self.graph.tensors[op.operands[0]].dtype)
+                found.append(Usage(first + i, number, number + 1, self.turned_bytes(op, strategies[i], bits)))
+        return found
+
+    def turned_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
+        key = ("turned", op.rule, id(strategies), bits)
+        if key not in self.cache:
+            self.cache[key] = np.array([_turned(op, self.local(op, s))[0] for s in strategies], float) * bits / 8
+        return self.cache[key]
+
+    def local(self, op: Op, strategy: State) -> list[int]:
+        """The part of every factor's size that a device does."""
+        shards = _factor_shards(op.rule, strategy, self.mesh)
+        return [-(-size // n) for size, n in zip(op.rule.sizes, shards, strict=True)]
+
     def waits(self, op: Op) -> bool:
         """Whether an op makes a gradient of a parameter, once a step."""
         single = len(op.results) == 1 and (op.results[0], "home") in self.groups.members
@@ -490,18 +526,13 @@ class _Builder:
 
     def result_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
         factors = [f for dim in op.rule.results[0] for f in dim]
-        shards = [_factor_shards(op.rule, s, self.mesh) for s in strategies]
-        local = [math.prod(-(-op.rule.sizes[f] // n[f]) for f in factors) for n in shards]
-        return np.array(local, float) * bits / 8
+        elements = [math.prod(local[f] for f in factors) for local in (self.local(op, s) for s in strategies)]
+        return np.array(elements, float) * bits / 8
 
     def accumulated_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
         key = ("total", op.rule, id(strategies), bits)
         if key not in self.cache:
-            local = [
-                math.prod(-(-n // k) for n, k in zip(op.rule.sizes, _factor_shards(op.rule, s, self.mesh), strict=True))
-                for s in strategies
-            ]
-            self.cache[key] = np.array(local, float) * bits / 8
+            self.cache[key] = np.array([math.prod(self.local(op, s)) for s in strategies], float) * bits / 8
         return self.cache[key]
 
     def local_bytes(self, group: int, domains: list[list[State]], bits: float) -> Costs:
@@ -536,20 +567,17 @@ def _touched(name: str, nbytes: list[float]) -> float:
             return sum(nbytes)
 
 
-def _reorders(op: Op) -> bool:
-    """Whether a transpose puts dims of more than one element in another order."""
-    before, after = (
-        [f for d in dims for f in d if op.rule.sizes[f] > 1] for dims in (op.rule.operands[0], op.rule.results[0])
-    )
-    return before != after
+def _turned(op: Op, local: list[int]) -> tuple[int, int]:
+    """Elements of a matmul's left side that are read by columns, and those of one row; 0, 0 if it is read as it lies.
 
-
-def _turns(op: Op) -> bool:
-    """Whether the left side of a matmul is contracted over another than its last dim, as in gradients of weights."""
+    It is read by columns if it is contracted over another than its last dim, as in gradients of weights.
+    """
     if op.name != "stablehlo.dot_general":
-        return False
-    dims = [d for d in op.rule.operands[0] if any(op.rule.sizes[f] > 1 for f in d)]
-    return bool(dims) and not set(dims[-1]) & set(op.rule.reduction)
+        return 0, 0
+    dims = [math.prod(local[f] for f in d) for d in op.rule.operands[0]]
+    contracted = [k for k, d in enumerate(op.rule.operands[0]) if dims[k] > 1 and set(d) & op.rule.reduction]
+    row = math.prod(dims[contracted[-1] + 1 :]) if contracted else 1
+    return (math.prod(dims), row) if row > 1 else (0, 0)
 
 
 def _factor_shards(rule: Rule, strategy: State, mesh: tuple[int, ...]) -> list[int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import alpa_like as alpa
 from alpa_like import profiling
@@ -21,7 +22,7 @@ CALLS = (
     CallTime("all-gather", 8, 4e-5, 2e9),
     CallTime("all-reduce", 2, 3e-5, 5e8),
 )
-PROFILE = Profile(2e-6, 1e-10, 4e-9, 8e-9, CALLS, ("all-reduce",))
+PROFILE = Profile(2e-6, 1e-10, 4e-9, ((512, 1e-9), (4096, 8e-9)), CALLS, ("all-reduce",))
 PLAIN = Cluster(
     "plain",
     1,
@@ -77,29 +78,61 @@ def test_groups_that_span_hosts_are_no_calls_of_shared_memory():
 
 def test_kernels_by_hand():
     c, plain = cost(EMULATED), cost(PLAIN)
-    assert c.kernel_s(1e7, 1e6, "f32", transposed=1e5) == pytest.approx(2e-6 + 1e-3 + 1e-4 + 8e-4)
-    assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9)
-    assert c.elementwise_s(1, 2, 4) == pytest.approx(8.1e-9)
-    assert c.elementwise_s(1, 0, 40) == pytest.approx(4e-9)
-    assert plain.kernel_s(1e7, 1e6, "f32", transposed=1e5) == plain.compute_s(1e7, 1e6, "f32")
+    assert c.kernel_s(1e7, 1e6, "f32") == pytest.approx(2e-6 + 1e-3 + 1e-4)
+    assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9 + 4e-10)  # work, then memory: `exposed` is 1
+    assert c.elementwise_s(1, 2, 4) == pytest.approx(8.1e-9 + 4e-10)
+    assert c.elementwise_s(1, 0, 40) == pytest.approx(4e-9 + 1e-10)
+    assert plain.kernel_s(1e7, 1e6, "f32") == plain.compute_s(1e7, 1e6, "f32")
     assert plain.elementwise_s(100, 100, 4) == plain.compute_s(0.0, 4.0, "f32")
-    assert plain.launch_s == plain.turn_s(1e9) == 0.0
+    assert plain.launch_s == plain.turn_s(1e9, 4096) == 0.0
 
 
-def test_gathering_along_an_inner_dim_turns_the_result():
-    for cluster, extra in ((EMULATED, 64 * 64 * 8e-9), (PLAIN, 0.0)):
-        space = TensorSpace((64, 64), 32, False, cost(cluster))
-        first, inner = (m.seconds for d in (0, 1) for m in space.moves((d,)) if m.target == (WHOLE,))
-        assert inner - first == pytest.approx(extra)
+@pytest.mark.parametrize(
+    ("row_bytes", "seconds"),
+    [(256, 1e-9), (512, 1e-9), (3 * 1024, 1e-9), (4096, 8e-9), (3 * 4096, 8e-9), (2**16, 8e-9), (28, 1e-9)],
+)
+def test_the_power_of_two_in_the_distance_of_rows_decides_what_columns_cost(row_bytes, seconds):
+    assert PROFILE.turn_s(row_bytes) == seconds
+
+
+@pytest.mark.parametrize("turned", [((4096, 1e-9), (512, 1e-9)), ((768, 1e-9),)])
+def test_rows_that_are_no_rising_powers_of_two_are_named(turned):
+    with pytest.raises(ClusterError, match="rising powers of two"):
+        dataclasses.replace(PROFILE, turned=turned)
+
+
+def test_gathering_along_the_last_dim_turns_what_is_sent():
+    for cluster, extra in ((EMULATED, 1024 * 8192 / 8 * 8e-9), (PLAIN, 0.0)):
+        space = TensorSpace((1024, 8192), 32, False, cost(cluster))
+        first, last = (m.seconds for d in (0, 1) for m in space.moves((d,)) if m.target == (WHOLE,))
+        assert last - first == pytest.approx(extra)
+
+
+def test_gradients_of_weights_read_a_copy_of_their_left_side():
+    """256 rows of 1024 elements on each device: seconds for each element, and memory beside operands and result."""
+    x, y = (jax.ShapeDtypeStruct((2048, width), jnp.float32) for width in (1024, 32))
+    method = alpa.ManualParallel((P("x"), P("x")), out_specs=P(), mesh_shape=(8,))
+    turned = dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, turned=((4096, 1e-8),)))
+    plain = dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, turned=()))
+    step = alpa.parallelize(lambda x, y: jnp.einsum("tv,td->vd", x, y), method=method)
+    found = [step.plan(x, y, cluster=cluster).predicted for cluster in (turned, plain)]
+    assert found[0].compute_time_s - found[1].compute_time_s == pytest.approx(256 * 1024 * 1e-8)
+    assert found[0].peak_memory_bytes - found[1].peak_memory_bytes == 256 * 1024 * 4
 
 
 def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest.MonkeyPatch):
-    def seconds(mesh: object, step: Callable[..., object], rows: int, width: int, names: object) -> float:
-        return 1e-4 + profiling._TIMES * (2e-5 + 4 * rows * width / 3e9)
+    def seconds(
+        mesh: object, step: Callable[..., object], rows: int, width: int, names: object, *, typical: bool
+    ) -> float:
+        assert typical
+        matmuls = 1e-4
+        if step.args[0] is profiling._nothing:  # type: ignore[attr-defined]
+            return matmuls
+        return matmuls + profiling._TIMES * (2e-5 + 4 * rows * width / 3e9)
 
     monkeypatch.setattr(profiling, "_seconds", seconds)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    found = profiling._calls(mesh, 1e-4)
+    found = profiling._calls(mesh)
     assert [(c.kind, c.members) for c in found if c.kind == "all-to-all"] == [("all-to-all", n) for n in (2, 4, 8)]
     for call in found:
         assert call.bytes_per_s == pytest.approx(3e9, rel=0.01)
@@ -111,11 +144,12 @@ def test_programs_have_the_collective_that_they_measure(kind):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("groups", "members"))
     spec = jax.sharding.PartitionSpec(("groups", "members"))
     step = jax.shard_map(
-        lambda x: profiling._repeat(lambda y: profiling._COLLECTIVES[kind](2, y), 3, x),
+        lambda x: profiling._among_matmuls(lambda y: profiling._COLLECTIVES[kind](2, y), x),
         mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False,
     )  # fmt: skip
     text = jax.jit(step).lower(jnp.zeros((64, 8))).as_text()
-    assert text.count(f"stablehlo.{kind.replace('-', '_')}") == 3
+    assert text.count(f"stablehlo.{kind.replace('-', '_')}") == profiling._TIMES
+    assert text.count("stablehlo.dot_general") == 2 * profiling._TIMES
 
 
 def test_gradients_that_wait_for_each_other_take_memory():

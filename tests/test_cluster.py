@@ -215,7 +215,7 @@ def measured(monkeypatch):
 def test_local_measures_the_devices_here(cache):
     cluster = Cluster.local()
     assert (cluster.hosts, cluster.devices_per_host) == (1, len(jax.devices()))
-    assert cluster.device.flops_efficiency == 1.0
+    assert 0 < cluster.device.flops_efficiency <= 1
     assert 1e8 < cluster.device.flops_per_s("float32") < 1e13
     assert 1e7 < cluster.device.memory_bandwidth_bytes_per_s < 1e13
     assert cluster.device.memory_bytes > 2**20

@@ -29,7 +29,7 @@ class Dice:
     def compute_s(self, flops, nbytes, dtype):
         return 1e-3 + nbytes / 1e6
 
-    def turn_s(self, elements):
+    def turn_s(self, elements, row_bytes):
         return elements / 1e7
 
     def collective_s(self, kind, nbytes, axes, *, combined):
