@@ -261,8 +261,7 @@ def _restrict(op: Any, rule: Rule) -> Rule:
     if rule.reduction and len(op.regions) and not _has_plain_combiner(op):
         fixed |= rule.reduction
     # The partitioner writes into every part, not only into one, unless it adds and has more than one index.
-    single = not any(rule.sizes[f] > 1 for f in rule.reduction)
-    if op.name == "stablehlo.scatter" and (single or not _adds(op)):
+    if op.name == "stablehlo.scatter" and (not _adds(op) or _writes_once(rule)):
         fixed |= set(range(len(rule.sizes))) - {f for dim in rule.operands[2] for f in dim} | rule.reduction
     if op.name == "stablehlo.convolution":  # strided and dilated windows that are cut give wrong numbers
         fixed |= _window_factors(op, rule)
@@ -299,6 +298,12 @@ def _grouped(op: Any) -> bool:
 def _adds(op: Any) -> bool:
     body = [view.operation.name for view in op.regions[0].blocks[0].operations]
     return body == ["stablehlo.add", "stablehlo.return"]
+
+
+def _writes_once(rule: Rule) -> bool:
+    """Whether a scatter has one index: no dim of the updates runs over several."""
+    indices, updates = ({f for dim in rule.operands[k] for f in dim} for k in (1, 2))
+    return not any(rule.sizes[f] > 1 for f in indices & updates)
 
 
 def _has_plain_combiner(op: Any) -> bool:

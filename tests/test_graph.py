@@ -220,6 +220,15 @@ def test_a_partial_update_keeps_the_updated_dims_whole():
     assert op.rule.results[0][1][0] not in op.rule.fixed
 
 
+def test_a_scatter_that_writes_once_keeps_what_it_writes_into_whole():
+    """With one index per row it is split: the gradient of a look-up, of which every device does its columns."""
+    once = one(lambda x, i: x.at[i, i].add(1.0), X, jnp.int32(3), name="scatter")
+    assert {dim[0] for dim in once.rule.results[0]} <= once.rule.fixed
+    rows = jnp.arange(16)[:, None] % 8
+    each = one(jax.grad(lambda x, i: jnp.take_along_axis(x, i, 1).sum()), X, rows, name="scatter")
+    assert not {f for dim in each.rule.results[0] for f in dim} & each.rule.fixed
+
+
 def test_convolution_splits_batch_and_features_only():
     op = one(convolve, IMAGES, KERNEL, name="convolution")
     batch, rows, columns, features = (dim for dim in op.rule.results[0])

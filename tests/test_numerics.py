@@ -218,6 +218,23 @@ def test_the_gradient_of_an_op_equals_jit(name):
     assert_same(alpa.parallelize(step, method=SHARD2x4)(state, X), jax.jit(step)(state, X))
 
 
+@pytest.mark.parametrize("spec", [P("x", None, "y"), P(None, None, ("x", "y")), P("y", "x", None)])
+def test_a_look_up_in_split_classes_and_its_gradient(spec):
+    """Labels out of range give NaN forward and nothing backward."""
+    x, labels = RNG.normal(size=(8, 4, 16)).astype(np.float32), RNG.integers(-20, 20, (8, 4))
+
+    def loss(x, labels):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(x), labels[..., None], -1)[..., 0]
+        return jnp.nansum(picked), picked
+
+    method = alpa.ManualParallel((spec, None), out_specs=((None, None), spec), mesh_shape=(4, 2), axis_names=("x", "y"))
+
+    def step(x, labels):
+        return jax.value_and_grad(loss, has_aux=True)(x, labels)
+
+    assert_same(alpa.parallelize(step, method=method, donate_argnums=())(x, labels), jax.jit(step)(x, labels))
+
+
 def test_gradients_through_a_sort_of_a_length_that_does_not_divide():
     """The partitioner aborts the process on a scatter whose updates are split unevenly, hence a process of its own."""
     program = f"""
