@@ -192,7 +192,9 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
         memory_bytes=_memory_bytes(devices),
         memory_bandwidth_bytes_per_s=bandwidth,
         # The measured rate is what a large matmul reaches; emulated devices reach a part of it in a train step.
-        flops_efficiency=min(1.0, rounded(dense_flops(mesh, profile) / dict(peaks)["float32"])) if profile else 1.0,
+        flops_efficiency=min(1.0, rounded(dense_flops(mesh, profile, bandwidth) / dict(peaks)["float32"]))
+        if profile
+        else 1.0,
         exposed=float(platform == "cpu"),  # cores wait for what they read
     )
     link = _all_reduce_link(mesh, sizes) if len(devices) > 1 else Link(bandwidth, _LONE_LATENCY_S)

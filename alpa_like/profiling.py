@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def fastest(step: _Step, x: jax.Array, *, calls: int = 1, runs: int = _RUNS) -> 
     return min(_times(step, x, calls, runs))
 
 
-def _times(step: _Step, x: jax.Array, calls: int, runs: int) -> list[float]:
+def _times(step: Callable[..., Any], x: Any, calls: int, runs: int) -> list[float]:
     x = jax.block_until_ready(step(x))
     times: list[float] = []
     for _ in range(runs):
@@ -123,19 +124,35 @@ def _seconds(
     return statistics.median(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
 
 
-def dense_flops(mesh: Mesh, profile: Profile) -> float:
-    """FLOP/s per device of matmuls in a train step through dense layers, forward and backward."""
-    layers, rows, width = _DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH
+def dense_flops(mesh: Mesh, profile: Profile, bandwidth: float) -> float:
+    """FLOP/s per device of matmuls in a train step through dense layers, forward and backward.
 
-    def loss(w: jax.Array) -> jax.Array:
-        y = w[:rows]
-        for number in range(layers):
-            y = y @ (w[number * width : (number + 1) * width] * 0.05)
+    Left out is what has a price of its own: to copy left sides, and to bring operands and results through the memory.
+    """
+    rows, width = _DENSE_ROWS, _DENSE_WIDTH
+
+    def loss(weights: list[jax.Array]) -> jax.Array:
+        y = weights[0][:rows]
+        for w in weights:
+            y = y @ w
         return (y * y).sum()
 
-    seconds = _seconds(mesh, lambda w: w - 1e-9 * jax.grad(loss)(w), layers * width, width, typical=True)
-    turned = layers * rows * width * profile.turn_s(4 * width)  # the left sides of the weights' gradients
-    return 6 * layers * rows * width * width / max(seconds - turned, 0.1 * seconds)
+    def step(weights: list[jax.Array]) -> list[jax.Array]:
+        return jax.tree.map(lambda w, g: w - 1e-9 * g, weights, jax.grad(loss)(weights))
+
+    seconds = _median_s(mesh, step, [(width, width)] * _DENSE_LAYERS) / _DENSE_LAYERS
+    turned = rows * width * profile.turn_s(4 * width)
+    moved = 3 * 4 * (2 * rows * width + width * width) + 3 * 4 * width * width  # three matmuls, and the update
+    return 6 * rows * width * width / max(seconds - turned - moved / bandwidth, 0.1 * seconds)
+
+
+def _median_s(mesh: Mesh, step: Callable[..., Any], shapes: Sequence[tuple[int, int]]) -> float:
+    """Seconds of a step on a list of arrays of these shapes on each device."""
+    spec = PartitionSpec("devices")
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    rows = NamedSharding(mesh, spec)
+    arrays = [jnp.full((mesh.size * n, width), 1 / width, jnp.float32, device=rows) for n, width in shapes]
+    return statistics.median(_times(run, arrays, 1, _TYPICAL_RUNS))
 
 
 def _calls(mesh: Mesh) -> list[CallTime]:
