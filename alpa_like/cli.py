@@ -26,7 +26,7 @@ from alpa_like.api import ParallelFunction, parallelize
 from alpa_like.cli_options import METHODS, parse
 from alpa_like.cli_target import Target, TheirCode, load_target
 from alpa_like.cluster import Cluster
-from alpa_like.errors import AlpaError, CommandError
+from alpa_like.errors import AlpaError, ClusterError, CommandError
 from alpa_like.methods import Method, ShardParallel
 from alpa_like.pipeshard import AutoStageOption, PipeshardParallel, UniformStageOption
 from alpa_like.plan import Plan, StagePlan, bytes_text, itemsize, partition_spec
@@ -35,9 +35,12 @@ from alpa_like.runtime import session
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["main"]
+__all__ = ["main", "read_cluster"]
 
 _CLOSED_PIPE, _INTERRUPTED = 128 + 13, 128 + 2  # as shells count a process that SIGPIPE or SIGINT ends
+
+_MOST_DEVICES = 2**16
+"""More than any machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,16 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # plans have a × in them, which not every terminal can show
     try:
         code = _COMMANDS[options.command](options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # which is fine where there is no stdout at all
     except AlpaError as error:
         print(f"alpa-like: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # who reads has enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return _CLOSED_PIPE
+    except OSError as error:
+        if error.filename is None:
+            _forget_output()
+        print(f"alpa-like: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
     return code
+
+
+def _forget_output() -> None:
+    """What stdout still holds goes nowhere, so that the end of the process does not fail over it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -72,9 +85,11 @@ def _plan(options: argparse.Namespace) -> int:
     step = _with_method(target.step, _method(options, target, cluster))
     with TheirCode(f"{step.__name__} of {target.where}"):
         plan = step.plan(*target.args, cluster=cluster)
-    print(plan)
-    if options.output:
-        plan.save(options.output)
+    try:
+        print(plan, flush=True)
+    finally:  # a plan that took minutes is kept, whoever stopped reading
+        if options.output:
+            plan.save(options.output)
     _write_pictures(plan, options)
     return 0
 
@@ -137,6 +152,8 @@ def read_cluster(text: str) -> Cluster:
     name, hosts, devices = match.groups() if match else (text, None, None)
     count = None if hosts is None else int(hosts)
     cluster = _named_cluster(name, count)
+    if cluster.num_devices > _MOST_DEVICES:
+        raise CommandError(f"{text} has {cluster.num_devices:.4g} devices; plans are made for at most {_MOST_DEVICES}")
     return cluster if devices is None else cluster.part(cluster.hosts, int(devices))
 
 
@@ -160,6 +177,8 @@ def _named_cluster(name: str, hosts: int | None) -> Cluster:
 def _cluster_of_file(name: str) -> Cluster:
     try:
         return Cluster.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+    except ClusterError as error:
+        raise CommandError(f"the cluster file {name}: {error}") from None
     except OSError as error:
         raise CommandError(f"the cluster file {name} can't be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -239,15 +258,22 @@ def _with_method(step: ParallelFunction, method: Method) -> ParallelFunction:
 def _check_targets(options: argparse.Namespace) -> None:
     """`CommandError` for files that could not be written in the end, before any time is spent."""
     for path in (getattr(options, "output", None), options.trace):
-        if path:
+        if path is not None:
             _check_folder(path)
-    if options.figure:
+    if options.figure is not None:
         _check_figure(options.figure)
+    elif options.view is not None:
+        raise CommandError(f"--view {options.view} says what --figure draws; name a file, as in --figure plan.png")
 
 
 def _check_folder(path: str) -> None:
-    if not Path(path).absolute().parent.is_dir():
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
         raise CommandError(f"{path} can't be written: there is no folder {Path(path).parent}")
+    if Path(path).is_dir():
+        raise CommandError(f"{path or repr(path)} can't be written: it is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{path} can't be written: you may not write into {folder}")
 
 
 def _check_figure(path: str) -> None:
@@ -270,7 +296,7 @@ def _viz() -> Any:
 
 def _write_pictures(plan: Plan, options: argparse.Namespace) -> None:
     if options.figure:
-        _write_figure(getattr(_viz(), options.view)(plan), options.figure)
+        _write_figure(getattr(_viz(), options.view or "overview")(plan), options.figure)
     if options.trace:
         plan.trace(options.trace)
 

@@ -185,5 +185,5 @@ def _cluster_options(p: argparse.ArgumentParser) -> None:
 
 def _picture_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--figure", metavar="FILE.png", help="draw the plan; .svg and .pdf are fine too")
-    p.add_argument("--view", choices=VIEWS, default="overview", help="what to draw (overview)")
+    p.add_argument("--view", choices=VIEWS, help="what to draw (overview)")
     p.add_argument("--trace", metavar="FILE.json", help="the simulated pipeline, for https://ui.perfetto.dev")

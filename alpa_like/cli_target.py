@@ -235,7 +235,7 @@ def _shapes(step: ParallelFunction, make: Callable[[], Any], name: str, place: s
         except TypeError as error:
             if not made or _their_part(error.__traceback__) is not None:
                 raise
-            reason = str(error).splitlines()[0]  # JAX met a result that is no array
+            reason = str(error).splitlines()[0].rpartition(" returned ")[2]  # JAX met a result that is no array
             raise CommandError(f"{name} of {place} returns something that is no array: {reason}") from None
     args, leaves, tree = made[-1]
     dynamic = jax.tree.unflatten(tree, [x if new is None else new for x, new in zip(leaves, computed, strict=True)])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -274,11 +274,10 @@ class Cluster:
     def __str__(self) -> str:
         device = self.device
         dtype = next(d for d in ("bfloat16", "float16", "float32") if d in dict(device.peak_flops))
-        hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
         text = (
-            f"{self.name}: {hosts} × {self.devices_per_host} {device.name} ({device.memory_bytes / _GIB:.4g} GiB, "
-            f"{_short(device.flops_per_s(dtype))}FLOP/s {dtype}), {_short(self.intra_host.bandwidth_bytes_per_s)}B/s "
-            "per device in a host"
+            f"{self.name}: {_hosts(self.hosts)} × {self.devices_per_host} {device.name} "
+            f"({device.memory_bytes / _GIB:.4g} GiB, {_short(device.flops_per_s(dtype))}FLOP/s {dtype}), "
+            f"{_short(self.intra_host.bandwidth_bytes_per_s)}B/s per device in a host"
         )
         return text if self.hosts == 1 else f"{text}, {_short(self.inter_host.bandwidth_bytes_per_s)}B/s between hosts"
 
@@ -290,7 +289,7 @@ class Cluster:
         """Some hosts of this cluster, or some devices of one host, as a cluster of their own."""
         if not (1 <= hosts <= self.hosts and 1 <= devices_per_host <= self.devices_per_host):
             raise ClusterError(
-                f"cluster {self.name!r} has {self.hosts} hosts of {self.devices_per_host} devices, asked for {hosts} "
+                f"cluster {self.name!r} has {_hosts(self.hosts)} of {self.devices_per_host} devices, asked for {hosts} "
                 f"of {devices_per_host}"
             )
         if devices_per_host == self.devices_per_host:
@@ -384,7 +383,7 @@ class Cluster:
         try:
             device = dict(data["device"])
             peak_flops = tuple(device.pop("peak_flops").items())
-            return cls(
+            found = cls(
                 name=data["name"],
                 hosts=data["hosts"],
                 devices_per_host=data["devices_per_host"],
@@ -403,6 +402,9 @@ class Cluster:
                 f"this is no cluster as Cluster.to_json writes it ({type(error).__name__}: {error}); "
                 "write it again with this version"
             ) from error
+        if unknown := sorted(data.keys() - {f.name for f in fields(cls)}):
+            raise ClusterError(f"a cluster has no {unknown[0]!r}; take it out, or correct the name")
+        return found
 
     @classmethod
     def local(cls, num_devices: int | None = None, *, recalibrate: bool = False) -> Cluster:
@@ -531,6 +533,10 @@ class Cluster:
     def tpu_v5p(cls, hosts: int = 1) -> Cluster:
         """Cloud TPU v5p: hosts of 4 chips (2×2×1) in a 3D torus. See `_tpu` for what the links assume."""
         return _tpu("tpu-v5p", hosts, 4, _TPU_V5P, 90e9, "Google Cloud, 'TPU v5p': 459 TFLOP/s, 95 GiB, 2765 GB/s")
+
+
+def _hosts(count: int) -> str:
+    return "1 host" if count == 1 else f"{count} hosts"
 
 
 def _profile(data: dict[str, Any] | None) -> Profile | None:

@@ -15,7 +15,7 @@ from alpa_like.errors import PlanError
 from alpa_like.plan import Placed, Plan, Spec, StagePlan, partition_spec
 from alpa_like.reshard import Layout, Transfer
 from alpa_like.runtime.instructions import Program, Ref, Route
-from alpa_like.tracer import Trace
+from alpa_like.tracer import Leaf, Trace
 
 __all__ = [
     "AbstractDevices",
@@ -144,10 +144,24 @@ def layout_in(stage: StagePlan, spec: Spec) -> Layout:
 
 
 def place(trace: Trace, stage: StagePlan, devices: Sequence[Any]) -> tuple[Mesh, tuple[Any, ...], Any]:
-    """The stage's mesh, and the shardings of arguments and results in the trees of the step."""
+    """The stage's mesh, and the shardings of arguments and results in the trees of the step.
+
+    `PlanError` where the plan's tensors are not those of the step.
+    """
+    _check_tensors("argument", stage.inputs, trace.arguments)
+    _check_tensors("result", stage.outputs, trace.results)
     mesh = device_mesh(stage.mesh_shape, stage.axis_names, stage.devices, devices)
     inputs = tree_unflatten(trace.in_tree, [_sharding(mesh, p) for p in stage.inputs])
     return mesh, inputs, tree_unflatten(trace.out_tree, [_sharding(mesh, p) for p in stage.outputs])
+
+
+def _check_tensors(what: str, placed: Sequence[Placed], leaves: Sequence[Leaf]) -> None:
+    mine = [Leaf(p.path, p.shape, p.dtype) for p in placed]
+    if len(mine) != len(leaves):
+        raise PlanError(f"the step has {len(leaves)} {what}s, but the plan places {len(mine)}; plan it again")
+    for found, leaf in zip(mine, leaves, strict=True):  # paths may differ: names can change, the program stays
+        if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            raise PlanError(f"the {what} {leaf} of the step is {found} in the plan; plan it again")
 
 
 def _sharding(mesh: Mesh, placed: Placed) -> NamedSharding:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, PlanError
+from alpa_like.records import mistyped
 from alpa_like.schedule import SCHEDULES, Schedule, make_schedule
 from alpa_like.simulate import Simulation, Times, simulate, write_trace
 
@@ -36,6 +37,7 @@ __all__ = [
     "SolverReport",
     "Spec",
     "StagePlan",
+    "common_path",
     "itemsize",
     "partition_spec",
     "seconds_text",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 FORMAT = 3
+BATCH_STATISTICS = ("error", "micro_batch")
 
 Spec = tuple[tuple[int, ...], ...]
 """Mesh axes per dim of a tensor, major to minor: `((0,), (), (1, 2))`."""
@@ -158,6 +161,15 @@ class Pipeline:
         covered = [n for s in self.stages for n in range(s.first, s.last + 1)]
         if covered != list(range(len(ends))):
             raise PlanError(f"the stages must have the layers 0 to {len(ends) - 1} once and in order, found {covered}")
+        meshes = sorted({s.mesh for s in self.stages})
+        if meshes != list(range(len(self.memory_bytes))):
+            raise PlanError(
+                f"the stages are on meshes {meshes}; they must be numbered from 0 on, with one of memory_bytes for each"
+            )
+        if self.batch_statistics not in BATCH_STATISTICS:
+            raise PlanError(
+                f"batch_statistics must be {' or '.join(BATCH_STATISTICS)}, found {self.batch_statistics!r}"
+            )
 
     @property
     def num_meshes(self) -> int:
@@ -259,7 +271,7 @@ class StagePlan:
             raise PlanError(
                 f"stage {self.name}: mesh {self.mesh_shape} needs one name per axis, found {self.axis_names}"
             )
-        if math.prod(self.mesh_shape) != self.devices[1]:
+        if any(n < 1 for n in self.mesh_shape) or math.prod(self.mesh_shape) != self.devices[1]:
             raise PlanError(f"stage {self.name}: mesh {self.mesh_shape} does not have {self.devices[1]} devices")
         for placed in (*self.inputs, *self.outputs):
             self._verify_spec(placed.spec, f"{placed.path} of shape {placed.shape}", len(placed.shape))
@@ -324,8 +336,7 @@ class Plan:
         """This plan, or `PlanError` where it breaks a rule."""
         if not self.stages:
             raise PlanError("a plan needs at least one stage")
-        if self.pipeline is not None:
-            self.pipeline.verify()
+        self._verify_pieces()
         for stage in self.stages:
             stage.verify()
             first, count = stage.devices
@@ -335,6 +346,16 @@ class Plan:
                     f"but {self.cluster.name} has {self.cluster.num_devices}"
                 )
         return self
+
+    def _verify_pieces(self) -> None:
+        if self.pipeline is None:
+            if len(self.stages) > 1:
+                raise PlanError(f"a plan without a pipeline has one stage, found {len(self.stages)}")
+            return
+        self.pipeline.verify()
+        missing = {f"forward {n}" for n in range(len(self.pipeline.stages))} - {s.name for s in self.stages}
+        if missing:
+            raise PlanError(f"the plan has no piece named {min(missing)!r}, which its pipeline runs; plan it again")
 
     @property
     def mesh_shape(self) -> tuple[int, ...]:
@@ -368,7 +389,10 @@ class Plan:
             raise PlanError(f"the plan file {path} can't be read: {error.strerror}") from None
         except ValueError as error:
             raise PlanError(f"{path} is no complete plan file ({error}); save the plan again") from None
-        return _from_json(data, str(path)).verify()
+        plan = _from_json(data, str(path))
+        for wrong in mistyped(plan, Plan):
+            raise PlanError(f"in the plan file {path}, {wrong}; correct it, or save the plan again")
+        return plan.verify()
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write the simulated step as a Chrome trace, which https://ui.perfetto.dev opens."""
@@ -438,6 +462,11 @@ def bytes_text(n: float) -> str:
     return f"{n:.0f} B"
 
 
+def counted(n: int, name: str) -> str:
+    """`1 stage`, `8 micro-batches`."""
+    return f"{n} {name}{'' if n == 1 else 'es' if name.endswith('ch') else 's'}"
+
+
 def seconds_text(s: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if s >= size:
@@ -469,12 +498,8 @@ def _seconds_or_dash(s: float) -> str:
 
 def _pipeline_lines(plan: Plan, pipeline: Pipeline) -> list[str]:
     """The schedule in one line, and a table of the stages."""
-    counts = (
-        (pipeline.num_micro_batches, "micro-batch", "es"),
-        (len(pipeline.layer_ends), "layer", "s"),
-        (len(pipeline.stages), "stage", "s"),
-    )
-    shape = ", ".join(f"{n} {name}{ending if n != 1 else ''}" for n, name, ending in counts)
+    layers, stages = counted(len(pipeline.layer_ends), "layer"), counted(len(pipeline.stages), "stage")
+    shape = f"{counted(pipeline.num_micro_batches, 'micro-batch')}, {layers}, {stages}"
     lines = [f"pipeline {pipeline.schedule}, {shape}, bubble {100 * pipeline.bubble_fraction():.1f} %"]
     rows = [("stage", "layers", "devices", "mesh", "forward", "backward", "in flight", "each", "memory", "remat")]
     for number, stage in enumerate(pipeline.stages):
@@ -552,7 +577,13 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
             bytes_text(mine),
         )
         merged.setdefault(key, []).append(p.path)
-    return [(k[0] if len(paths) > 1 else paths[0], str(len(paths)), *k[1:]) for k, paths in merged.items()]
+    return [(common_path(paths), str(len(paths)), *k[1:]) for k, paths in merged.items()]
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """One text for paths that differ in numbers only, with * for each number that is not the same in all."""
+    columns = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
+    return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
 
 
 def itemsize(dtype: str) -> float:
@@ -632,7 +663,7 @@ def _from_json(data: Any, where: str) -> Plan:
         raise PlanError(f"{where} is no plan file: expected a JSON object with a 'format'")
     if data["format"] != FORMAT:
         raise PlanError(
-            f"{where} is a plan of format {data['format']}, this version reads format {FORMAT}; plan the step again"
+            f"{where} is a plan of format {data['format']!r}, this version reads format {FORMAT}; plan the step again"
         )
     try:
         solver = dict(data["solver"])

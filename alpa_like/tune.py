@@ -46,8 +46,10 @@ def tune(
     """
     if session.current().remote is not None:
         raise ClusterError("tune times plans on the devices of this process; it can't do so on a Ray cluster")
-    if candidates < 1 or rounds < 1:
-        raise MethodError(f"tune needs at least 1 candidate and 1 round, found {candidates} and {rounds}")
+    if not isinstance(step, ParallelFunction):
+        raise MethodError(f"tune needs a step that alpa.parallelize made, found {step!r}")
+    if any(type(n) is not int or n < 1 for n in (candidates, rounds)):
+        raise MethodError(f"tune needs at least 1 candidate and 1 round, found {candidates!r} and {rounds!r}")
     dynamic = tuple(_filled(a) for i, a in enumerate(args) if i not in step.static_argnums)
     plans = _plans(step, args, methods, cluster)[:candidates]
     times = _times(step, args, dynamic, plans, rounds) if len(plans) > 1 else [0.0]

@@ -1,7 +1,7 @@
 """One entry to all benchmarks.
 
     python -m benchmarks                                        # what there is
-    python -m benchmarks gpt --size 1.3B --cluster p3.16xlarge --plan-only
+    python -m benchmarks gpt --size 1.3B --cluster p3.16xlarge --remat --plan-only
     python -m benchmarks gpt --size laptop --steps 20           # plans, compiles and runs on the devices here
     python -m benchmarks paper --rows gpt                       # a table; the rest are options of its script
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,21 @@ ALIASES = {"demo": "gpt"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the first argument names; returns the exit code."""
+    """Run what the first argument names; returns the exit code. What can't be read or written is one sentence."""
+    try:
+        code = _named(arguments)
+        print(end="", flush=True)
+    except OSError as error:
+        if error.filename is None:  # stdout takes no more: what it still holds goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # who reads has enough, as `head` has
+            return 141
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _named(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = (given[0], given[1:]) if given else ("", [])
     if name in ("", "-h", "--help"):
@@ -40,6 +55,7 @@ def _script(module: str, rest: list[str]) -> int:
     script = importlib.import_module(f"benchmarks.{module}")
     from alpa_like import AlpaError
 
+    sys.argv[0] = f"python -m benchmarks {module}"  # what its help calls it
     try:
         code = script.main(rest)
     except AlpaError as error:
@@ -75,7 +91,8 @@ def _summary(module: str) -> str | None:
         return None
     tree = ast.parse(path.read_text())
     mains = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
-    return _first_sentence(ast.get_docstring(tree) or "") if any(n.args.args for n in mains) else None
+    takes_arguments = any(a.arg == "arguments" for n in mains for a in n.args.args)
+    return _first_sentence(ast.get_docstring(tree) or "") if takes_arguments else None
 
 
 def _first_sentence(text: str) -> str:

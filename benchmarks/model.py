@@ -1,6 +1,6 @@
 """One model on one cluster: the plan and what it predicts, or that beside what a run on the devices here takes.
 
-    python -m benchmarks gpt --size 1.3B --cluster p3.16xlarge --plan-only
+    python -m benchmarks gpt --size 1.3B --cluster p3.16xlarge --remat --plan-only
     python -m benchmarks gpt --size 39B --cluster p3.16xlarge:8 --method PipeshardParallel --micro-batches 64 \\
         --batch-size 1024 --plan-only
     python -m benchmarks vit --size laptop --devices 4 --steps 20
@@ -28,13 +28,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 import alpa_like as alpa
+from alpa_like.cli import read_cluster
 from alpa_like.models import SIZES, Task, config, task
 from alpa_like.plan import bytes_text, seconds_text
 from benchmarks.charts import Panel, draw_bars, drawable
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(arguments)
         _Benchmark(options).run()
     except (alpa.AlpaError, ValueError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        less = "; here: --remat, a smaller --batch-size, or --micro-batches" * isinstance(error, alpa.InfeasibleError)
+        print(f"benchmarks: {error}{less}", file=sys.stderr)
         return 2
     return 0
 
@@ -70,6 +72,7 @@ class _Benchmark:
         self.method = method_of(options)
         _check_names(options)
         config(options.model, "tiny", **self._changes())  # the options, before anything takes time
+        Path(options.out).mkdir(parents=True, exist_ok=True)
         if options.cluster == "local":
             alpa.init(num_devices=options.devices)
         self.cluster = cluster_of(options)
@@ -234,7 +237,6 @@ class _Benchmark:
 
     def _write(self) -> None:
         out = Path(self.options.out)
-        out.mkdir(parents=True, exist_ok=True)
         name = f"{self.options.model}-{self.options.size}".replace("/", "_").replace(" ", "_")
         (out / f"{name}.json").write_text(json.dumps(self.record, indent=1))
         self.plan.save(out / f"{name}.plan.json")
@@ -308,17 +310,16 @@ def _share(value: float | None) -> str:
 
 
 def cluster_of(options: argparse.Namespace) -> alpa.Cluster:
-    """The devices here, or `NAME[:hosts]`, as far as --devices goes."""
-    name, _, hosts = options.cluster.partition(":")
-    if name == "local":
+    """The devices here, or a cluster as `alpa-like plan` takes it, as far as --devices goes."""
+    if options.cluster == "local":
         return alpa.Cluster.local(options.devices)
-    whole = alpa.Cluster.presets()[name](hosts=int(hosts or 1))
+    whole = read_cluster(options.cluster)
     wanted = options.devices or whole.num_devices
     if wanted < whole.devices_per_host:
         return whole.part(1, wanted)
     if wanted % whole.devices_per_host:
-        raise ValueError(f"--devices {wanted} are no whole hosts of {whole.devices_per_host}, as {name} has them")
-    return alpa.Cluster.presets()[name](hosts=wanted // whole.devices_per_host)
+        raise ValueError(f"--devices {wanted} are no whole hosts of {whole.devices_per_host}, as {whole.name} has them")
+    return replace(whole, hosts=wanted // whole.devices_per_host)
 
 
 def method_of(options: argparse.Namespace) -> Any:
@@ -332,17 +333,16 @@ def method_of(options: argparse.Namespace) -> Any:
 
 
 def _check_names(options: argparse.Namespace) -> None:
-    """One sentence with the choices for a size, cluster, host or device count that there is not."""
+    """One sentence with the choices for a size or cluster that there is not."""
     if options.size not in ("auto", *SIZES[options.model]):
         sizes = ", ".join((*SIZES[options.model], "auto"))
         raise ValueError(f"no size of {options.model} is named {options.size!r}; choose one of {sizes}")
-    name, colon, hosts = options.cluster.partition(":")
-    known = ("local", *alpa.Cluster.presets())
-    if name not in known:
-        raise ValueError(f"no cluster is named {name!r}; choose one of {', '.join(known)}, with :HOSTS behind it")
-    if colon and (name == "local" or not hosts.isdigit() or int(hosts) < 1):
-        raise ValueError(f"expected a cluster such as p3.16xlarge:8, found {options.cluster!r}")
-    if options.cluster != "local" and not options.plan_only:
+    if options.cluster == "local":
+        return
+    if options.cluster.startswith("local:"):
+        raise ValueError(f"expected local with --devices, or another cluster, found {options.cluster!r}")
+    name = read_cluster(options.cluster).name
+    if not options.plan_only:
         raise ValueError(f"{name} is not here to run on; add --plan-only, or leave out --cluster")
 
 
@@ -357,6 +357,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _method_name(text: str) -> str:
+    """`Zero3Parallel` for zero3, as `alpa-like plan` takes it; what is unknown as it is."""
+    short = text.lower().removesuffix("parallel")
+    return next((name for name in ALL_METHODS if name.lower() == f"{short}parallel"), text)
+
+
 def _family(text: str) -> str:
     name = text.replace("-", "_")
     if name not in SIZES:
@@ -368,10 +374,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     p = _Parser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", type=_family, help=", ".join(SIZES))
     p.add_argument("--size", default="laptop", help="one of the family's, or auto; default: laptop")
-    p.add_argument("--cluster", default="local", help="local, or such as p3.16xlarge:8; default: local")
+    p.add_argument("--cluster", default="local", help="local, such as p3.16xlarge:8, or a JSON file; default: local")
     p.add_argument("--devices", type=_count, help="use so many; default: all")
     p.add_argument("--plan-only", action="store_true", help="run nothing")
-    p.add_argument("--method", choices=ALL_METHODS, help="default: ShardParallel")
+    p.add_argument("--method", type=_method_name, choices=ALL_METHODS, help="default: ShardParallel")
     p.add_argument("--batch-size", type=_count, help="default: 8 per device")
     p.add_argument("--micro-batches", type=_count, help="of a pipeline; default: what is fastest")
     p.add_argument("--dtype", help="to compute in, such as bfloat16; default: the size's own")

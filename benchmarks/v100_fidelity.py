@@ -20,7 +20,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -319,11 +319,11 @@ def report(compared: Iterable[Compared]) -> str:
     return table(("kind", "part", "rows", "mean error", "median", "worst", "mean of signed"), lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="folder with ops.csv and collectives.csv")
     options.add_argument("--rows", action="store_true", help="print every row")
-    chosen = options.parse_args()
+    chosen = options.parse_args(arguments)
     folder: Path = chosen.data
     compared = [*layers(read(folder / "ops.csv")), *collectives(read(folder / "collectives.csv")), *messages()]
     if chosen.rows:

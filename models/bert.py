@@ -24,6 +24,11 @@ class BertConfig:
     mask_id: int = 0
     dtype: DTypeLike = jnp.float32
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_id < self.vocab_size:
+            found = f"mask_id {self.mask_id}, vocab_size {self.vocab_size}"
+            raise ValueError(f"BertConfig: mask_id must be a token of the vocabulary; found {found}")
+
     def num_params(self) -> int:
         """Number of parameters, in closed form."""
         d, f = self.d_model, self.mlp_ratio * self.d_model

@@ -195,8 +195,8 @@ def _num_heads(file: Path, given: int | None, notes: Mapping[str, str]) -> int:
     if given is not None and said is not None and given != said:
         raise ValueError(f"load_gpt2: num_heads {given} was given, but {beside} says n_head {said}")
     noted = notes.get("n_head", "")
-    heads = given or said or (int(noted) if noted.isdecimal() else None)
-    if not isinstance(heads, int) or heads < 1:
+    heads = next((n for n in (given, said, int(noted) if noted.isdecimal() else None) if n is not None), None)
+    if type(heads) is not int or heads < 1:
         where = f"give num_heads (the published sizes have D / 64), or put {SETTINGS} beside it"
         raise ValueError(f"{file} does not say how many heads the model has; {where}")
     return heads
@@ -222,6 +222,9 @@ def _config(file: Path, sizes: Mapping[str, tuple[str, Shape]], num_heads: int, 
     seq_len, _ = _two_dims(file, sizes, "wpe.weight")
     _, hidden = _two_dims(file, sizes, "h.0.mlp.c_fc.weight")
     layers = {int(name.split(".")[1]) for name in sizes if re.match(r"h\.\d+\.", name)}
+    if len(layers) <= max(layers):
+        missing = next(n for n in range(len(layers) + 1) if n not in layers)
+        raise ValueError(f"{file} has no tensor of layer {missing}, but some of layer {max(layers)}")
     if width % num_heads:
         raise ValueError(f"{file}: num_heads must divide the model width {width}; found {num_heads}")
     if hidden % width:

@@ -27,6 +27,9 @@ class MLPConfig:
     def __post_init__(self) -> None:
         if len(self.widths) < 2:
             raise ValueError(f"MLPConfig: widths needs an input and an output width, found {self.widths}")
+        if self.activation not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"MLPConfig: activation must be one of {known}, found {self.activation!r}")
 
     def num_params(self) -> int:
         """Number of parameters, in closed form."""

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from alpa_like.models.bert import BertConfig
 from alpa_like.models.gpt import GPTConfig
@@ -162,6 +163,9 @@ SIZES: dict[str, dict[str, Config]] = {
 }
 """Configs by family and name. Sizes of Alpa's paper have its dtypes, LLaMAs bfloat16, all others float32."""
 
+_FROM_0 = ("mask_id", "num_times")
+"""Options that count from 0; all other whole numbers are sizes."""
+
 _TASKS: dict[str, Callable[..., Task]] = {
     "mlp": mlp_task,
     "gpt": gpt_task,
@@ -178,12 +182,17 @@ _TASKS: dict[str, Callable[..., Task]] = {
 def config(family: str, size: str, **options: Any) -> Any:
     """The config `SIZES[family][size]` with fields replaced by `options`, such as `dtype`, `seq_len` or `remat`.
 
-    A dtype may be a name such as "bfloat16". ValueError for an unknown family, size or field: it lists the known ones.
+    A dtype may be a name such as "bfloat16". ValueError for an unknown family, size or field, which lists the known
+    ones, and for a size that is no whole number of at least 1.
     """
     found = _choice(f"size of {family}", size, _choice("family of models", family, SIZES))
     known = {field.name: None for field in fields(found)}
-    for name in options:
+    for name, value in options.items():
         _choice(f"option of {type(found).__name__}", name, known)
+        if type(getattr(found, name)) is int:
+            _check_whole(f"{type(found).__name__}: {name}", value, 0 if name in _FROM_0 else 1)
+    if not 0 <= options.get("dropout_rate", 0) < 1:
+        raise ValueError(f"dropout_rate must be at least 0 and less than 1, found {options['dropout_rate']}")
     if "dtype" in options:
         options["dtype"] = _dtype(options["dtype"])
     return replace(found, **options)
@@ -192,8 +201,7 @@ def config(family: str, size: str, **options: Any) -> Any:
 def task(family: str, size: str, *, batch_size: int = 16, optimizer: Optimizer | None = None, **options: Any) -> Task:
     """The training task of `config(family, size, **options)`, named "family size"; Adam if no optimizer is given."""
     chosen = config(family, size, **options)
-    if batch_size < 1:
-        raise ValueError(f"task: batch_size must be at least 1, found {batch_size}")
+    _check_whole("task: batch_size", batch_size, 1)
     return _TASKS[family](chosen, batch_size, optimizer, name=f"{family} {size}")
 
 
@@ -206,6 +214,11 @@ def _choice(what: str, name: str, choices: Mapping[str, Entry]) -> Entry:
     if name not in choices:
         raise ValueError(f"no {what} is named {name!r}; choose one of {', '.join(choices)}")
     return choices[name]
+
+
+def _check_whole(what: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, found {value!r}")
 
 
 def _dtype(dtype: Any) -> Any:

@@ -1,6 +1,8 @@
 """The entry to the benchmarks, its counts of FLOPs, and the rivals that plans are compared with."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,7 @@ def test_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main([]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*SIZES, "paper", "plan_time", "demo", "traffic"))
-    assert "charts" not in entry.scripts()
+    assert not {"charts", "ray_nodes"} & set(entry.scripts())
     assert "gpt" in entry.scripts()
 
 
@@ -44,11 +46,15 @@ def test_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["gptt"], "choose a model (mlp, gpt, "),
         (["gpt", "--size", "3T"], "choose one of tiny, laptop"),
-        (["gpt", "--cluster", "moon", "--plan-only"], "choose one of local, p3.16xlarge"),
-        (["gpt", "--cluster", "dgx-a100:x", "--plan-only"], "such as p3.16xlarge:8"),
+        (["gpt", "--cluster", "moon", "--plan-only"], "choose p3.16xlarge, dgx-a100"),
+        (["gpt", "--cluster", "dgx-a100:x", "--plan-only"], "`:4` behind the name"),
+        (["gpt", "--cluster", "local:2", "--plan-only"], "local with --devices"),
+        (["gpt", "--out", "/dev/null/out"], "Not a directory: '/dev/null/out'"),
+        (["v100_fidelity", "--data", "/dev/null"], "Not a directory: '/dev/null/ops.csv'"),
+        (["mlp", "--size", "laptop", "--batch-size", "9999999", "--cluster", "p3.16xlarge", "--plan-only"], "--remat"),
         (["gpt", "--cluster", "dgx-a100"], "add --plan-only"),
         (["gpt", "--size", "tiny", "--dtype", "int8", "--plan-only"], "floating"),
-        (["gpt", "--method", "DataParallel", "--micro-batches", "2"], "PipeshardParallel"),
+        (["gpt", "--method", "data", "--micro-batches", "2"], "PipeshardParallel, not with DataParallel"),
         (["gpt", "--size", "tiny", "--cluster", "dgx-a100:2", "--devices", "9", "--plan-only"], "whole hosts of 8"),
     ],
 )
@@ -57,6 +63,12 @@ def test_bad_input_is_one_sentence(arguments: list[str], said: str, capsys: pyte
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_closes_early_is_no_error() -> None:
+    program = f"set -o pipefail; {sys.executable} -m benchmarks | true"
+    ended = subprocess.run(["bash", "-c", program], cwd=entry.FOLDER.parent, stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +88,9 @@ def test_bad_options_end_with_2(arguments: list[str], said: str, capsys: pytest.
 
 
 def test_plan_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["gpt", "--size", "tiny", "--cluster", "p3.16xlarge", "--devices", "2", "--plan-only"]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(alpa.Cluster.p3_16xlarge().to_json()))
+    arguments = ["gpt", "--size", "tiny", "--cluster", str(file), "--devices", "2", "--plan-only"]
     assert entry.main([*arguments, "--batch-size", "16", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "gpt-tiny.json").read_text())
     plan = alpa.Plan.load(tmp_path / "gpt-tiny.plan.json")

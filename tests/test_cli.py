@@ -182,14 +182,15 @@ BAD = {  # what is asked for: words of the sentence
     "plan train.py --args example_arg": ["'example_arg'", "example_args"],
     "plan train.py --args needs_key": ["needs_key", "without arguments", "'key'"],
     "plan train.py --args no_tuple": ["no_tuple", "tuple", "dict"],
-    "plan train.py --args a_text": ["a_text", "no array"],
+    "plan train.py --args a_text": ["a_text", "no array: a value of type"],
     "plan train.py --args one": ["one", "1 arguments", "'batch'"],
     "plan train.py --cluster dgx": ["'dgx'", "dgx-a100", "p3.16xlarge", "local", "JSON"],
     "plan train.py --cluster dgx-a100:0": ["hosts", "found 0"],
+    "plan train.py --cluster dgx-a100:99999999999": ["8e+11 devices", "at most 65536"],
     "plan train.py --cluster dgx-a100:1x9": ["8 devices", "of 9"],
     "plan train.py --cluster none.json": ["none.json", "can't be read"],
     "plan train.py --cluster train.py": ["train.py", "no JSON"],
-    "plan train.py --cluster plan.json": ["no cluster"],
+    "plan train.py --cluster plan.json": ["plan.json", "no cluster"],
     "plan train.py --method fast": ["'fast'", "zero3", "pipeshard"],
     "plan train.py --method data --stages 2": ["--stages", "DataParallel", "pipeshard"],
     "plan train.py --mesh 3x2": ["(3, 2)", "8"],
@@ -198,6 +199,8 @@ BAD = {  # what is asked for: words of the sentence
     "plan train.py --memory-budget much": ["--memory-budget", "12GiB", "'much'"],
     "plan train.py --micro-batches 0": ["--micro-batches", "'0'"],
     "plan train.py -o none/plan.json": ["none/plan.json", "no folder"],
+    "plan train.py -o .": ["it is a folder"],
+    "plan train.py --view stages": ["--view", "--figure plan.png"],
     "plan train.py --figure plan.txt": ["plan.txt", ".png"],
     "show none.json": ["none.json", "can't be read"],
     "show train.py": ["train.py", "no complete plan"],
@@ -291,6 +294,16 @@ def test_a_reader_that_closes_early_is_no_error(folder):
     with subprocess.Popen(program, shell=True, cwd=ROOT, **pipes) as shell:
         shell.stdout.close()
         assert shell.stderr.read() == "code 141\n"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "said"), [(">&-", "code 0\n"), ("> /dev/full", "the output can't be written: No space left on device")]
+)
+def test_an_output_that_takes_nothing_is_no_traceback(folder, stdout, said):
+    program = f"{sys.executable} -m alpa_like show {folder}/pipe.json {stdout}; echo code $? >&2"
+    error = subprocess.run(program, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True).stderr
+    assert said in error
+    assert len(error.splitlines()) == 1 + ("full" in stdout)
 
 
 def test_the_command_is_installed():

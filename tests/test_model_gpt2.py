@@ -148,7 +148,8 @@ WRONG = [
     (changed("h.0.attn.c_proj.weight", np.zeros((D, D + 1), F32)), r"must have shape \(15, 15\), found \(15, 16\)"),
     (changed("h.0.mlp.c_fc.weight", np.zeros((D, 31), F32)), "a multiple of the model width 15; found 31"),
     (changed("wpe.weight", np.zeros(D, F32)), r"'wpe\.weight' must have two dims, found shape \(15,\)"),
-    (changed("h.3.ln_1.bias", np.zeros(D, F32)), r"has no tensor 'h\.2\.ln_1\.weight', which a GPT-2 of 4 layers"),
+    (changed("h.3.ln_1.bias", np.zeros(D, F32)), r"has no tensor of layer 2, but some of layer 3"),
+    (changed("h.999999999.ln_1.bias", np.zeros(D, F32)), "has no tensor of layer 2, but some of layer 999999999"),
     (
         changed("h.0.crossattention.q.weight", np.zeros(D, F32)),
         r"'h\.0\.crossattention\.q\.weight', which GPT-2 has not",
@@ -180,6 +181,8 @@ def test_torn_files_are_refused(folder: Path, length: int) -> None:
         ("{}", None, "does not say how many heads the model has; give num_heads"),
         ("{}", 4, "num_heads must divide the model width 15; found 4"),
         ("{}", -3, "does not say how many heads"),
+        ("{}", 0, "does not say how many heads"),
+        ("{}", True, "does not say how many heads"),
         ("{", None, r"config\.json is no JSON"),
         ("[3]", None, "must hold a JSON object, found list"),
         ('{"n_head": 3, "activation_function": "relu"}', None, "activation_function 'relu'; .* gelu_new or"),

@@ -103,7 +103,14 @@ def test_sizes_of_the_paper_are_the_same_configs() -> None:
         ),
         (("vit", "B/16"), {"dtype": "int8"}, "dtype must be a floating one such as float32.*, found 'int8'"),
         (("vit", "B/16"), {"dtype": "fp16"}, "dtype must be a floating one such as float32.*, found 'fp16'"),
-        (("vit", "B/16"), {"batch_size": 0}, "batch_size must be at least 1, found 0"),
+        (("vit", "B/16"), {"batch_size": 0}, "batch_size must be a whole number of at least 1, found 0"),
+        (("gpt", "tiny"), {"num_layers": -1}, "GPTConfig: num_layers must be a whole number of at least 1, found -1"),
+        (("gpt", "tiny"), {"seq_len": "7"}, "GPTConfig: seq_len must be a whole number of at least 1, found '7'"),
+        (("bert", "tiny"), {"dropout_rate": 1.5}, "dropout_rate must be at least 0 and less than 1, found 1.5"),
+        (("bert", "tiny"), {"mask_id": 99}, "mask_id must be a token of the vocabulary; found mask_id 99, vocab_size"),
+        (("mlp", "tiny"), {"activation": "x"}, "activation must be one of relu, gelu, tanh, found 'x'"),
+        (("vit", "B/16"), {"batch_size": 1.5}, "batch_size must be a whole number of at least 1, found 1.5"),
+        (("vit", "B/16"), {"batch_size": "8"}, "batch_size must be a whole number of at least 1, found '8'"),
     ],
 )
 def test_unknown_names_are_errors_that_list_the_known_ones(arguments: Any, options: Any, message: str) -> None:

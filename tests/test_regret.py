@@ -133,6 +133,10 @@ def test_tune_says_what_it_needs():
     step, state, x = toy()
     with pytest.raises(MethodError, match="at least 1 candidate and 1 round, found 0 and 7"):
         alpa.tune(alpa.parallelize(step), state, x, candidates=0)
+    with pytest.raises(MethodError, match="found '3' and 7"):
+        alpa.tune(alpa.parallelize(step), state, x, candidates="3")
+    with pytest.raises(MethodError, match=r"needs a step that alpa\.parallelize made, found <function"):
+        alpa.tune(step, state, x)
     with pytest.raises(MethodError, match=r"needs methods=\.\.\. for a step with the method PipeshardParallel"):
         sys.modules["alpa_like.tune"]._methods(alpa.PipeshardParallel(num_micro_batches=2), 8)
 

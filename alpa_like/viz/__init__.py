@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 from alpa_like.plan import (
     Plan,
     bytes_text,
+    counted,
     seconds_text,
 )
 from alpa_like.viz.bars import Breakdown, Work
@@ -131,5 +132,6 @@ def _summary(plan: Plan) -> list[str]:
     text = f"step {seconds_text(p.step_time_s)}, peak memory {bytes_text(p.peak_memory_bytes)} per device"
     if plan.pipeline is not None:
         q = plan.pipeline
-        text += f", {len(q.stages)} stages, {q.num_micro_batches} micro-batches, schedule {q.schedule}"
+        text += f", {counted(len(q.stages), 'stage')}, {counted(q.num_micro_batches, 'micro-batch')}"
+        text += f", schedule {q.schedule}"
     return [f"{plan.method} for {plan.cluster}", f"{text}, traffic {bytes_text(p.total_traffic_bytes)} per device"]

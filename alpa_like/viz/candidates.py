@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alpa_like.plan import Plan, bytes_text, seconds_text
+from alpa_like.plan import Plan, bytes_text, counted, seconds_text
 from alpa_like.viz.rows import TICKS
 from alpa_like.viz.style import ALARM, FAINT, INK, KIND_COLORS, MUTED, Box, bare, put, shortened, text_width, time_axis
 
@@ -52,7 +52,7 @@ def _label(plan: Plan) -> str:
     if plan.pipeline is None:
         return f"{plan.method}, mesh {'×'.join(map(str, plan.mesh_shape))}"
     p = plan.pipeline
-    return f"{p.schedule}, {len(p.stages)} stages, {p.num_micro_batches} micro-batches"
+    return f"{p.schedule}, {counted(len(p.stages), 'stage')}, {counted(p.num_micro_batches, 'micro-batch')}"
 
 
 def ranked(found: Sequence[Candidate]) -> list[Candidate]:

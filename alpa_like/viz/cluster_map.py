@@ -270,7 +270,8 @@ class LayerStrip:
 def stage_panels(plan: Plan, inner: float) -> list[Panel]:
     """The map of the cluster and the table of the stages, side by side where the cluster is not too large."""
     pipeline = plan.pipeline is not None
-    where = ClusterMap(plan, "Devices, by stage" if pipeline else "Devices, with their places in the mesh")
+    alone = "Device" if plan.cluster.num_devices == 1 else "Devices, with their places in the mesh"
+    where = ClusterMap(plan, "Devices, by stage" if pipeline else alone)
     table = StageTable(plan, "Stages" if pipeline else "Mesh")
     if where.wide:
         return [where, table]

@@ -13,6 +13,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from alpa_like.plan import (
     Plan,
     bytes_text,
+    common_path,
     seconds_text,
     shown_stages,
 )
@@ -106,7 +107,10 @@ def _key(side: Side | None) -> object:
 
 
 def _change(paths: Sequence[str], left: Side | None, right: Side | None) -> Change:
-    names = list(dict.fromkeys(starred(p) if len(paths) > 1 else p for p in paths))
+    alike: dict[str, list[str]] = {}
+    for path in paths:
+        alike.setdefault(starred(path), []).append(path)
+    names = [common_path(each) for each in alike.values()]
     parts = [split_path(n) for n in names]
     if len(names) == 1:
         return Change(names[0], (), tuple(paths), left, right)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from alpa_like.plan import Placed, Plan, Spec, StagePlan
+from alpa_like.plan import Placed, Plan, Spec, StagePlan, common_path
 from alpa_like.viz.data import forward_piece, local_bytes, ranges_text, shown_stages
 
 
@@ -61,7 +61,7 @@ def sections(plan: Plan) -> list[Section]:
     for stage in shown_stages(plan):
         kinds = (fold(stage.inputs, stage.mesh_shape), _results(stage), _activations(plan, stage))
         tensors = tuple(t for kind in kinds for t in sorted(kind, key=by_size))
-        alike = tuple((starred(t.name), t.heads, t.shape, t.spec, t.count) for t in tensors)
+        alike = tuple((starred(t.name), tuple(map(starred, t.heads)), t.shape, t.spec, t.count) for t in tensors)
         key = (stage.mesh_shape, stage.axis_names, alike)
         names, section = found.get(key, ([], Section("", stage.mesh_shape, stage.axis_names, tensors)))
         both = tuple(map(_of_another_mesh, section.tensors, tensors)) if names else tensors
@@ -105,8 +105,8 @@ def fold(placed: Iterable[Placed], mesh_shape: Sequence[int]) -> list[Tensor]:
     for p in placed:
         alike.setdefault((starred(p.path), p.shape, p.dtype, p.spec), []).append(p.path)
     merged: dict[tuple[str, ...], Tensor] = {}
-    for (star, shape, dtype, spec), paths in alike.items():
-        name = star if len(paths) > 1 else paths[0]
+    for (_, shape, dtype, spec), paths in alike.items():
+        name = common_path(paths)
         head, tail = split_path(name)
         tail = tail if re.search(r"[.\[]", head) else ""  # batch['x'] keeps its name
         each = local_bytes(Placed(name, shape, dtype, spec), mesh_shape)
