@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from alpa_like.chunked import ChunkedArray, Parts, bounds
 from alpa_like.cluster import Cluster
+from alpa_like.collector import patient
 from alpa_like.errors import ClusterError, MethodError, PlanError, TraceError
 from alpa_like.methods import Method, ShardParallel
 from alpa_like.passes.cut_scans import cut_trace
@@ -150,6 +151,7 @@ class ParallelFunction:
         self._last = None
         self._executables.clear()
 
+    @patient()
     def plan(self, *args: Any, cluster: Cluster | None = None, **kwargs: Any) -> Plan:
         """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s); nothing runs on a device."""
         args = bind(self.fun, args, kwargs)

@@ -30,13 +30,17 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Curves over one quantity: `curves` map a name to its values at `x`."""
+    """Curves over one quantity: `curves` map a name to its values at `x`.
+
+    Those that `grow` have a logarithmic scale, on which what is proportional to the quantity is a straight line.
+    """
 
     title: str
     label: str
     unit: str
     x: Sequence[float]
     curves: Mapping[str, Sequence[float]]
+    grow: bool = False
 
 
 FEW = 3
@@ -122,8 +126,14 @@ def _lines(axes: Any, panel: Lines) -> None:
     for number, (name, values) in enumerate(panel.curves.items()):
         axes.plot(panel.x, values, "o-", color=COLORS[number % len(COLORS)], label=name, linewidth=1.6, markersize=4)
     axes.set_xticks(panel.x, [f"{x:g}" for x in panel.x], fontsize=8)
+    values = [v for values in panel.curves.values() for v in values]
+    if panel.grow and min(values) > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(0.7 * min(values), 5 * max(values))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, 1.25 * max(values))
     axes.minorticks_off()
-    axes.set_ylim(0, 1.25 * max(v for values in panel.curves.values() for v in values))
     axes.set_xlabel(panel.label, fontsize=8.5, color=MUTED)
     _frame(axes, panel.title, panel.unit)
     axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)

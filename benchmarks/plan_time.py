@@ -197,7 +197,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _curves(name: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     label = LABELS[name]
     curves = {curve: [sum(r["seconds"][c] for c in columns) for r in rows] for curve, columns in CURVES.items()}
-    return Lines(f"against {label}", label, "seconds", [r[name] for r in rows], curves)
+    return Lines(f"against {label}", label, "seconds", [r[name] for r in rows], curves, grow=name == "layers")
 
 
 def _counts(text: str) -> list[int]:

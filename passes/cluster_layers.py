@@ -233,11 +233,19 @@ def _natural_sizes(work: Floats, traffic: Floats) -> Floats:
 
 def _repetitions(sizes: Floats) -> int:
     """How often the sizes repeat, and those outside that are as large; all of them if nothing repeats."""
+    neighbours = int(_alike(sizes, 1).sum())
     for period in range(1, len(sizes) // 2 + 1):
-        one, other = sizes[:-period], sizes[period:]
-        alike = np.abs(one - other) <= _ALIKE * np.maximum(one, other)
+        alike = _alike(sizes, period)
         if alike.mean() > 0.5:
             inside = np.concatenate([alike, [False] * period]) | np.concatenate([[False] * period, alike])
             count = math.ceil(int(inside.sum()) / period)
+            if period > 1 and neighbours >= count:
+                break  # equal blocks stand side by side, irregularly: each of them is a layer
             return count + int(np.sum(sizes[~inside] >= sizes[inside].sum() / count / 2))
     return len(sizes)
+
+
+def _alike(sizes: Floats, period: int) -> npt.NDArray[np.bool_]:
+    """Which sizes are nearly that of the one a period later."""
+    one, other = sizes[:-period], sizes[period:]
+    return np.abs(one - other) <= _ALIKE * np.maximum(one, other)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jax.extend.core import Var
@@ -18,20 +19,22 @@ from jax.extend.core import Var
 from alpa_like.cost import CostModel
 from alpa_like.errors import InfeasibleError
 from alpa_like.graph import dtype_bits
-from alpa_like.passes.assignment import Costs, Solution, Usage
+from alpa_like.passes.assignment import Solution, Usage
 from alpa_like.passes.avals import dtype_of
 from alpa_like.passes.batch_rules import Same, Split, Status
 from alpa_like.passes.compose import Composite
+from alpa_like.passes.eliminate import Memo
 from alpa_like.passes.groups import ACCUMULATE, Groups, form_groups
-from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Spaces, Spec, build
+from alpa_like.passes.intra import Decision, Restrictions, ShardingProblem, Shared, Spec, build
 from alpa_like.passes.liveness import Flying, Liveness
+from alpa_like.passes.narrow import Charges, charged
 from alpa_like.passes.pieces import StagePiece
 from alpa_like.passes.pins import PinWriter, by_seconds
 from alpa_like.passes.solve import estimate, least_memory, solve
 from alpa_like.plan import PartialSum, Pin, bytes_text
 from alpa_like.schedule import Kind
 
-__all__ = ["Held", "MeshProblem", "MeshSolution", "SolverOptions"]
+__all__ = ["Held", "MeshProblem", "MeshSolution", "SolverOptions", "Stock"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +53,19 @@ class SolverOptions:
     solver: str = "auto"
     time_limit_s: float = 600.0
     gap: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What problems of the same cost model share, and what eliminations made, which is remembered for all of them."""
+
+    memo: Memo = field(default_factory=Memo)
+    charges: Charges = field(default_factory=dict[object, Any])
+    known: dict[CostModel, Shared] = field(default_factory=dict[CostModel, Shared])
+
+    def of(self, cost: CostModel) -> Shared:
+        """What the problems of a cost model share."""
+        return self.known.setdefault(cost, Shared())
 
 
 @dataclass(frozen=True)
@@ -165,13 +181,14 @@ class MeshProblem:
         return Restrictions(tensors)
 
     def build(
-        self, cost: CostModel, in_flight: Mapping[Held, int], spaces: Spaces | None = None
+        self, cost: CostModel, in_flight: Mapping[Held, int], stock: Stock | None = None
     ) -> tuple[Liveness, ShardingProblem]:
         """What there is to decide on the mesh of `cost`; remembered, as it is asked for with many prices of memory."""
         key = (cost, tuple(sorted(in_flight.items())))
         if key not in self.built:
             liveness = self.liveness(in_flight)
-            self.built[key] = liveness, build(self.groups, cost, liveness, self.restrictions(), spaces)
+            shared = stock.of(cost) if stock else None
+            self.built[key] = liveness, build(self.groups, cost, liveness, self.restrictions(), shared)
         return self.built[key]
 
     def solve(
@@ -203,7 +220,7 @@ class MeshProblem:
         in_flight: Mapping[Held, int],
         options: SolverOptions,
         price_s_per_byte: float,
-        spaces: Spaces | None = None,
+        stock: Stock | None = None,
         *,
         exact: bool = True,
     ) -> MeshSolution:
@@ -211,22 +228,14 @@ class MeshProblem:
 
         Where it is not to be `exact`, a good one does that is found faster.
         """
-        liveness, problem = self.build(cost, in_flight, spaces)
+        here = stock or Stock()
+        liveness, problem = self.build(cost, in_flight, here)
         base = replace(problem.problem, usages=())
         if price_s_per_byte:
-            unary = [c.copy() for c in base.unary]
-            for usage in problem.lasting:
-                unary[usage.node] += price_s_per_byte * usage.bytes
-            base = replace(base, unary=tuple(_interned(unary)))
+            base = replace(base, unary=charged(base.unary, problem.lasting, price_s_per_byte, here.charges))
         find = solve if exact else estimate
-        solution = find(base, solver=options.solver, time_limit_s=options.time_limit_s)
+        solution = find(base, solver=options.solver, time_limit_s=options.time_limit_s, memo=here.memo)
         return MeshSolution(self, cost, liveness, problem, solution)
-
-
-def _interned(arrays: list[Costs]) -> list[Costs]:
-    """Equal arrays as one object: the solver recognises repeated parts by it."""
-    known: dict[bytes, Costs] = {}
-    return [known.setdefault(a.tobytes(), a) for a in arrays]
 
 
 @dataclass(frozen=True)

@@ -11,36 +11,55 @@ and the bound for a solution that takes choice c of node i exceeds this one by a
     (θ_i[c] − min θ_i) + Σ_{e at i} (min_j θ_e[c, j] − min θ_e).
 
 A choice for which that is more than the gap to a known solution can go. The known solution comes from solving
-the problem over the most promising choices only.
+the problem over the most promising choices only. What is left keeps the rewritten costs: where elimination then joins
+some of its nodes, the next bound starts from this one and rises further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from alpa_like.errors import InfeasibleError, SolverError
-from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution, Usage
 
-__all__ = ["Narrowed", "Prices", "flow_entries", "narrow", "priced"]
+__all__ = ["Charges", "Narrowed", "Prices", "charged", "flow_entries", "narrow", "priced", "promising"]
 
 Prices = dict[int, float]
 """Seconds per byte in use at a time."""
 
+Charges = dict[object, tuple[Costs, Costs, Costs]]
+"""Costs with a price on bytes, with the costs and bytes that they were made of; by the identity of these."""
+
 _Choices = npt.NDArray[np.intp]
-_SWEEPS = 40
-_ROUNDS = 6
+_SWEEPS = 20
+"""From one look at the bound to the next."""
+
+_ROUNDS = 12
+
+_FEW_SWEEPS, _FEW_ROUNDS = 10, 4
+"""The same where only the promising choices are asked for."""
+
+_STALLED, _PATIENCE = 0.9, 3
+"""So many rounds that leave more than this share of the flow variables are the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Narrowed:
-    """The problem over the choices that are left; `choices[i]` are those of node i."""
+    """The problem over the choices that are left; `choices[i]` are those of node i.
+
+    `rewritten` is the same problem, without a memory limit, in costs whose sums are the same and that show a bound,
+    and `known` the cost of the best solution that was found.
+    """
 
     problem: AssignmentProblem
     choices: tuple[_Choices, ...]
+    rewritten: AssignmentProblem | None = None
+    known: float = np.inf
 
     def expand(self, choice: Sequence[int]) -> tuple[int, ...]:
         """The choices of the original problem."""
@@ -67,30 +86,44 @@ def narrow(
     """
     bound = _Bound.of(problem, prices or {})
     best: tuple[float, tuple[int, ...]] = (known, ())
-    for _ in range(_ROUNDS):
-        for _ in range(_SWEEPS):
-            bound.sweep()
-        chosen = restrict(problem, bound.promising(target))
-        try:
-            found = chosen.expand(solve(chosen.problem).choice)
-            best = min(best, (problem.cost(found), found))
-        except (InfeasibleError, SolverError):
-            pass  # the promising choices exclude each other or need too much memory; more sweeps tell them apart better
+    left = [flow_entries(problem)]
+    for number in range(_ROUNDS):
+        bound.sweeps(_SWEEPS)
+        if number % 2 or not problem.usages:  # with a memory limit a solution takes longer than sweeps
+            best = min(best, _promising_solution(problem, bound, solve, target))
         bound.drop(best[0], best[1])
-        if flow_entries(restrict(problem, bound.alive).problem) <= target:
+        left.append(bound.flow_entries())
+        stalled = len(left) > _PATIENCE and left[-1] > _STALLED * left[-1 - _PATIENCE]
+        if left[-1] <= target or stalled:
             break
-    return restrict(problem, bound.alive)
+    rewritten = None if problem.usages else replace(problem, unary=tuple(bound.unary), pairs=bound.pairs)
+    return replace(restrict(problem, bound.alive), rewritten=rewritten, known=best[0])
 
 
-def promising(problem: AssignmentProblem, target: int) -> tuple[Narrowed, float]:
+def _promising_solution(
+    problem: AssignmentProblem, bound: _Bound, solve: Callable[[AssignmentProblem], Solution], target: int
+) -> tuple[float, tuple[int, ...]]:
+    """The best of the promising choices and its cost; inf where they exclude each other or need too much memory.
+
+    More sweeps tell them apart better.
+    """
+    chosen = restrict(problem, bound.promising(target))
+    try:
+        found = chosen.expand(solve(chosen.problem).choice)
+    except (InfeasibleError, SolverError):
+        return np.inf, ()
+    return problem.cost(found), found
+
+
+def promising(problem: AssignmentProblem, target: int) -> Iterator[tuple[Narrowed, float]]:
     """About `target` flow variables of the choices that the dual bound holds promising, and that bound.
 
-    The optimum may be lost.
+    More and more exactly, some times. The optimum may be lost.
     """
     bound = _Bound.of(problem, {})
-    for _ in range(_SWEEPS):
-        bound.sweep()
-    return restrict(problem, bound.promising(target)), bound.value()
+    for _ in range(_FEW_ROUNDS):
+        bound.sweeps(_FEW_SWEEPS)
+        yield restrict(problem, bound.promising(target)), bound.value()
 
 
 def restrict(problem: AssignmentProblem, choices: Sequence[_Choices]) -> Narrowed:
@@ -101,21 +134,30 @@ def restrict(problem: AssignmentProblem, choices: Sequence[_Choices]) -> Narrowe
     return Narrowed(replace(problem, unary=unary, pairs=pairs, usages=usages), tuple(choices))
 
 
+def charged(
+    unary: Sequence[Costs], usages: Iterable[Usage], price_s_per_byte: float, made: Charges
+) -> tuple[Costs, ...]:
+    """The costs of nodes with a price on the bytes of some usages. Equal costs stay equal objects, by `made`."""
+    found = list(unary)
+    for u in usages:
+        key = ("charged", id(found[u.node]), id(u.bytes), price_s_per_byte)
+        if key not in made:
+            made[key] = found[u.node] + price_s_per_byte * u.bytes, found[u.node], u.bytes
+        found[u.node] = made[key][0]
+    return tuple(found)
+
+
 def priced(problem: AssignmentProblem, prices: Prices) -> tuple[AssignmentProblem, float]:
     """The problem with memory paid for instead of limited, and what the limit's room costs at these prices.
 
     Cost of a solution there, less that amount, is at most its cost in `problem`, if it fits the limit. Equal
     parts keep equal arrays.
     """
-    unary, made = list(problem.unary), dict[tuple[int, int, float], Costs]()
+    unary, made = problem.unary, dict[object, Any]()
     for time, price in sorted(prices.items()):
-        for u in problem.alive(time):
-            key = (id(unary[u.node]), id(u.bytes), price)
-            if key not in made:
-                made[key] = unary[u.node] + price * u.bytes
-            unary[u.node] = made[key]
+        unary = charged(unary, problem.alive(time), price, made)
     room = problem.limit - problem.fixed_bytes
-    return replace(problem, unary=tuple(unary), usages=()), sum(prices.values()) * room if prices else 0.0
+    return replace(problem, unary=unary, usages=()), sum(prices.values()) * room if prices else 0.0
 
 
 @dataclass
@@ -142,6 +184,10 @@ class _Bound:
                 self.at.setdefault(node, []).append(e)
         return self
 
+    def sweeps(self, count: int) -> None:
+        for _ in range(count):
+            self.sweep()
+
     def sweep(self) -> None:
         """One handshake per edge: collect what both ends know, give it back evenly. Never lowers the bound."""
         for (i, j), costs in self.pairs.items():
@@ -154,6 +200,10 @@ class _Bound:
             costs -= rest[:, None]
             self.unary[i] = first + rest
             self.unary[j] = second
+
+    def flow_entries(self) -> int:
+        """About how many flow variables are left."""
+        return sum(costs.size for costs in self.pairs.values())
 
     def value(self) -> float:
         """The lower bound."""

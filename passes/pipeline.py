@@ -23,7 +23,7 @@ from alpa_like.passes.avals import shape_of
 from alpa_like.passes.compose import GraphReader, compose
 from alpa_like.passes.layers import Layers
 from alpa_like.passes.layouts import PARTIAL
-from alpa_like.passes.mesh_plan import Held, MeshProblem, MeshSolution, SolverOptions
+from alpa_like.passes.mesh_plan import Held, MeshProblem, MeshSolution, SolverOptions, Stock
 from alpa_like.passes.microbatch import MicroProgram
 from alpa_like.passes.pieces import Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.pipeshard import PipeshardParallel
@@ -122,6 +122,7 @@ class PipelineWriter:
     reader: GraphReader = field(init=False)
     ideal_s: float = 1.0
     solved: dict[object, MeshSolution] = field(default_factory=dict[object, MeshSolution])
+    stock: Stock = field(default_factory=Stock)
 
     def __post_init__(self) -> None:
         self.reader = GraphReader(self.trace.platform)
@@ -209,7 +210,7 @@ class PipelineWriter:
         self, problem: MeshProblem, cost: CostModel, price: float, options: SolverOptions, *, exact: bool
     ) -> MeshSolution:
         stages = dict.fromkeys(problem.held.values(), _USUAL_IN_FLIGHT)
-        return problem.price(cost, stages, options, price * self.ideal_s / self.budget, exact=exact)
+        return problem.price(cost, stages, options, price * self.ideal_s / self.budget, self.stock, exact=exact)
 
     @property
     def native(self) -> bool:

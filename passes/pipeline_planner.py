@@ -57,6 +57,9 @@ _MOST_PARTS = 64
 _ROUNDS = 3
 """How often the search is repeated at most with what the chosen stages taught it."""
 
+_NEARLY = 1.3
+"""A stage that takes this times the memory by the sums of its layers may fit as a whole."""
+
 _SHARES = (1.0, 0.9, 0.8, 0.65)
 """Shares of the memory that the search for stages reckons with, until the stages that it finds fit as a whole."""
 
@@ -207,11 +210,11 @@ class _Planner:
 
         wanted = 4 * min(self.cluster.num_devices, 8)
         at = max(i for i, n in enumerate(counts) if n <= wanted)
+        while math.isinf(seconds(at)) and at + 1 < len(counts):
+            at += 1  # smaller ones take less memory
         for step in (1, -1):
             while seconds(at + step) < seconds(at):
                 at += step
-        if math.isinf(seconds(at)):
-            at = max(times, key=lambda i: i if 0 <= i < len(counts) else -1)
         return counts[at]
 
     def quick_s(self, count: int) -> float:
@@ -291,13 +294,15 @@ class _Planner:
 
         It reckons with sums of layers: where a stage turns out not to fit as a whole, it is repeated with less memory.
         How much a stage waits for what it sends depends on the others; so it searches once with all of that waiting and
-        once with none, and the plans themselves decide. Where stages as a whole turn out slower, it searches again.
+        once with none, and the plans themselves decide. Where stages as a whole turn out slower, it searches again. At
+        last the stages as a whole say which of them need less saving of memory.
         """
         failure: InfeasibleError | None = None
         for share in _SHARES:
             found = [self.found(layers, option, name, share, waits=waits) for waits in (True, False)]
             try:
-                return self.improved(layers, option, name, share, self.better(layers, name, *found))
+                plan = self.improved(layers, option, name, share, self.better(layers, name, *found))
+                return self.relieved(layers, name, plan)
             except InfeasibleError as error:
                 failure = error
         raise failure or InfeasibleError("no stages fit in memory")
@@ -317,6 +322,42 @@ class _Planner:
                 best, kept = plan, self.specs
         self.specs = kept
         return best
+
+    def relieved(self, layers: Layers, name: str, plan: Plan) -> Plan:
+        """The plan with each stage at the lowest price of memory at which it fits as a whole, and not computed again
+        where it fits without, as far as that is faster."""
+        specs = [replace(s, price=0.0) for s in self.specs]
+        best = plan if specs == self.specs else self.faster(layers, name, plan, specs)
+        for number in self.nearly_kept(layers, best):
+            specs = [replace(s, remat=s.remat and i != number) for i, s in enumerate(self.specs)]
+            best = self.faster(layers, name, best, specs)
+        return best
+
+    def faster(self, layers: Layers, name: str, plan: Plan, specs: list[StageSpec]) -> Plan:
+        """The plan, or that of other stages if they fit in memory and take no longer."""
+        kept = self.specs
+        try:
+            other = self.written(layers, specs, name)
+        except InfeasibleError:
+            other = plan
+        if other is not plan and other.predicted.step_time_s <= plan.predicted.step_time_s:
+            return other
+        self.specs = kept
+        return plan
+
+    def nearly_kept(self, layers: Layers, plan: Plan) -> list[int]:
+        """The stages computed again that would not take much more than all memory without, by the sums of layers."""
+        if self.method.layer_option.remat_mode != "auto":
+            return []
+        assert plan.pipeline is not None
+        costs, found = self.costs(layers), list[int]()
+        for number, (spec, stage) in enumerate(zip(self.specs, plan.pipeline.stages, strict=True)):
+            if spec.remat:
+                submesh = Submesh(spec.hosts, spec.devices_per_host)
+                tags = (Tag(spec.mesh_shape or (), False, price) for price in costs.prices)
+                least = min(costs.option(spec.first, spec.last, submesh, t).bytes(stage.in_flight) for t in tags)
+                found += [number] * (least <= _NEARLY * self.writer.budget)
+        return found
 
     def news(self, layers: Layers, plan: Plan) -> bool:
         """Whether a plan says that stages are slower than the search reckons; later searches reckon with it."""
@@ -372,6 +413,7 @@ class _Planner:
                 self.method.layer_option.remat_mode,
                 self.writer.options,
                 self.writer.reader,
+                stock=self.writer.stock,
             )
         self.writer.ideal_s = self.priced[count].ideal_s
         return self.priced[count]

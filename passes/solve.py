@@ -1,5 +1,8 @@
 """Solves an `AssignmentProblem` exactly: eliminate, fold, narrow, integer program; memory where it turns out to bind.
 
+What elimination and folding leave is narrowed; where that leaves few choices, elimination gets further, and so on in
+turns. The integer program is for what resists both.
+
 Most steps fit in memory without being asked to, so the problem is solved without the limit first. Where that
 solution breaks the limit, memory gets a price at the time of the peak (a Lagrange multiplier, found by
 cutting planes), more times as they turn out to matter. That gives a lower bound and mostly a solution that fits;
@@ -19,7 +22,7 @@ import numpy as np
 from alpa_like.errors import InfeasibleError, SolverError
 from alpa_like.passes import ilp
 from alpa_like.passes.assignment import AssignmentProblem, Costs, Solution, Usage
-from alpa_like.passes.eliminate import eliminate
+from alpa_like.passes.eliminate import Memo, Reduced, eliminate
 from alpa_like.passes.fold import Folded, fold
 from alpa_like.passes.narrow import Prices, flow_entries, narrow, priced, promising
 
@@ -28,11 +31,17 @@ __all__ = ["estimate", "least_memory", "solve"]
 _NARROW_ABOVE = 20_000
 """Flow variables that HiGHS handles in well under a second."""
 
+_WORTHWHILE = 0.9
+"""Narrowing that leaves at most this share of the flow variables is worth another elimination."""
+
 _CLOSE_ENOUGH = 1e-6
 """Relative gap at which a solution counts as optimal: that of the solver's own tolerances."""
 
 _ESTIMATED_BY = (2_000, 10_000)
-"""Flow variables of the integer programs that `estimate` solves, the larger one where the smaller has no solution."""
+"""Flow variables of the choices that `estimate` looks at, the larger number where the smaller has no solution."""
+
+_ESTIMATED_BEHIND = (100_000, 600_000)
+"""Entries of tables that elimination makes for `estimate`; the larger number where the smaller proves no optimum."""
 
 _MOST_SQUEEZED, _SQUEEZES = 16.0, 5
 """How far prices found for single times are raised together, and how often the least factor is halved."""
@@ -42,41 +51,76 @@ _MAX_TIMES = 8
 
 
 def solve(
-    problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0, gap: float = 0.0
+    problem: AssignmentProblem,
+    *,
+    solver: str = "auto",
+    time_limit_s: float = 600.0,
+    gap: float = 0.0,
+    memo: Memo | None = None,
 ) -> Solution:
     """The optimum of `problem` within its memory limit, or a solution proven to be within `gap` (relative) of it.
+
+    `memo` may be shared by problems with the same arrays.
 
     Where time runs out, the best solution found, status "feasible", and its gap. Raises `InfeasibleError` where
     nothing fits the limit, `SolverError` where no solution was found in time.
     """
     problem.verify()
-    search = _Search(problem, solver, time.perf_counter(), time_limit_s, max(gap, _CLOSE_ENOUGH))
+    search = _Search(problem, solver, time.perf_counter(), time_limit_s, max(gap, _CLOSE_ENOUGH), memo or Memo())
     solution = search.free({})
     if not search.fits(solution.choice):
         solution = search.limited(solution)
     return replace(solution, seconds=time.perf_counter() - search.start)
 
 
-def estimate(problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0) -> Solution:
+def estimate(
+    problem: AssignmentProblem, *, solver: str = "auto", time_limit_s: float = 600.0, memo: Memo | None = None
+) -> Solution:
     """A good solution, without a memory limit and without proof: the optimum where elimination finds it, else the best
-    of the choices that the dual bound holds most promising."""
+    of the choices that the dual bound holds most promising. `memo` may be shared by problems with the same arrays.
+    """
     start = time.perf_counter()
-    reduced = eliminate(replace(problem, usages=()))
-    if not reduced.kept:
-        choice = reduced.expand(())
-        return Solution("optimal", choice, problem.cost(choice), problem.cost(choice), 0.0, 0, "elimination")
+    free, found = replace(problem, usages=()), None
+    for entries in _ESTIMATED_BEHIND:
+        reduced = eliminate(free, max_entries=entries, memo=memo)
+        found = _eliminated(free, reduced) if not reduced.kept else _promised(free, reduced, solver, time_limit_s)
+        if found and found.cost - found.bound <= ilp.OPTIMAL_GAP * abs(found.cost):
+            break  # the optimum
+    if found is None:
+        return solve(free, solver=solver, time_limit_s=time_limit_s, memo=memo)
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def _promised(problem: AssignmentProblem, reduced: Reduced, solver: str, time_limit_s: float) -> Solution | None:
+    """The best of the promising choices, of the least number that has a solution."""
     for target in _ESTIMATED_BY:
-        few, bound = promising(reduced.problem, target)
+        found = _most_promising(reduced.problem, target, solver, time_limit_s)
+        if found:
+            choice = reduced.expand(found.choice)
+            cost = problem.cost(choice)
+            proven = min(cost, found.bound + reduced.offset)
+            status = "optimal" if cost - proven <= _CLOSE_ENOUGH * abs(cost) else "feasible"
+            return replace(found, status=status, choice=choice, cost=cost, bound=proven)
+    return None
+
+
+def _most_promising(problem: AssignmentProblem, target: int, solver: str, time_limit_s: float) -> Solution | None:
+    """The best of the promising choices; the optimum as soon as the bound says so. None where they exclude each other.
+
+    `bound` is of the whole problem.
+    """
+    best: Solution | None = None
+    for few, bound in promising(problem, target):
         try:
-            found = ilp.solve(few.problem, solver=solver, time_limit_s=time_limit_s)
+            found = _solve_few(few.problem, solver, time_limit_s)
         except (InfeasibleError, SolverError):
-            continue  # the promising choices exclude each other
-        choice = reduced.expand(few.expand(found.choice))
-        cost, seconds = problem.cost(choice), time.perf_counter() - start
-        proven = min(cost, bound + reduced.offset)
-        status = "optimal" if cost - proven <= _CLOSE_ENOUGH * abs(cost) else "feasible"
-        return replace(found, status=status, choice=choice, cost=cost, bound=proven, seconds=seconds)
-    return solve(replace(problem, usages=()), solver=solver, time_limit_s=time_limit_s)
+            continue
+        if best is None or found.cost < best.cost:
+            best = replace(found, choice=few.expand(found.choice))
+        best = replace(best, bound=bound)
+        if best.cost - bound <= ilp.OPTIMAL_GAP * abs(best.cost):
+            break
+    return best
 
 
 def least_memory(problem: AssignmentProblem) -> float:
@@ -108,22 +152,31 @@ def _least_at(problem: AssignmentProblem, when: int) -> Solution:
     return _solve_free(priced(only, {when: 1.0})[0], "auto", 60.0)
 
 
-def _solve_free(problem: AssignmentProblem, solver: str, time_limit_s: float) -> Solution:
-    """The optimum without a memory limit."""
-    reduced = eliminate(replace(problem, usages=()))
+def _solve_free(
+    problem: AssignmentProblem, solver: str, time_limit_s: float, *, known: float = np.inf, memo: Memo | None = None
+) -> Solution:
+    """The optimum without a memory limit; `known` is the cost of a solution, and may be inf."""
+    reduced = eliminate(replace(problem, usages=()), memo=memo)
     if not reduced.kept:
-        choice = reduced.expand(())
-        cost = problem.cost(choice)
-        if not np.isfinite(cost):
-            raise InfeasibleError("the choices exclude each other: no combination is allowed")
-        return Solution("optimal", choice, cost, cost, 0.0, 0, "elimination")
+        return _eliminated(problem, reduced)
     folded = fold(reduced.problem)
-    part = _solve_core(folded.problem, solver, time_limit_s)
+    part = _solve_core(folded.problem, solver, time_limit_s, known=known - reduced.offset)
     choice = reduced.expand(folded.expand(part.choice))
-    cost = problem.cost(choice)
+    cost = _finite(problem.cost(choice))
+    return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+
+
+def _eliminated(problem: AssignmentProblem, reduced: Reduced) -> Solution:
+    """The optimum where elimination has left no node."""
+    choice = reduced.expand(())
+    cost = _finite(problem.cost(choice))
+    return Solution("optimal", choice, cost, cost, 0.0, 0, "elimination")
+
+
+def _finite(cost: float) -> float:
     if not np.isfinite(cost):
         raise InfeasibleError("the choices exclude each other: no combination is allowed")
-    return replace(part, choice=choice, cost=cost, bound=min(cost, part.bound + reduced.offset))
+    return cost
 
 
 def _solve_core(
@@ -135,16 +188,36 @@ def _solve_core(
     known: float = np.inf,
     gap: float = 0.0,
 ) -> Solution:
-    """The integer program, narrowed first where it is large."""
+    """The optimum of what elimination and folding left: narrowed first where it is large.
+
+    Without a memory limit the two help each other: a few choices are soon eliminated, and what is left then has a
+    tighter bound. So they take turns as long as that gets anywhere.
+    """
 
     def run(part: AssignmentProblem) -> Solution:
-        return ilp.solve(part, solver=solver, time_limit_s=time_limit_s, gap=max(gap, ilp.OPTIMAL_GAP))
+        return _solve_few(part, solver, time_limit_s, gap)
 
-    if flow_entries(problem) <= _NARROW_ABOVE:
+    before = flow_entries(problem)
+    if before <= _NARROW_ABOVE:
         return run(problem)
     narrowed = narrow(problem, run, _NARROW_ABOVE, prices or {}, known)
-    part = run(narrowed.problem)
+    if narrowed.rewritten and flow_entries(narrowed.rewritten) <= _WORTHWHILE * before:
+        part = _solve_free(narrowed.rewritten, solver, time_limit_s, known=narrowed.known)
+    else:
+        part = run(narrowed.problem)
     return replace(part, choice=narrowed.expand(part.choice))
+
+
+def _solve_few(problem: AssignmentProblem, solver: str, time_limit_s: float, gap: float = 0.0) -> Solution:
+    """The optimum of a problem of few choices: by elimination alone or, where that is not enough, the integer program.
+
+    Where memory is limited only the integer program can.
+    """
+    if not problem.usages:
+        reduced = eliminate(problem)
+        if not reduced.kept:
+            return _eliminated(problem, reduced)
+    return ilp.solve(problem, solver=solver, time_limit_s=time_limit_s, gap=max(gap, ilp.OPTIMAL_GAP))
 
 
 @dataclass
@@ -156,6 +229,7 @@ class _Search:
     start: float
     time_limit_s: float
     gap: float
+    memo: Memo
     best: Solution | None = None
     bound: float = -np.inf
     prices: Prices = field(default_factory=dict)
@@ -169,7 +243,7 @@ class _Search:
     def free(self, prices: Prices) -> Solution:
         """The optimum with memory at these prices; remembers what it says about the limited problem."""
         weighed, room = priced(self.problem, prices)
-        found = _solve_free(weighed, self.solver, max(1.0, self.left()))
+        found = _solve_free(weighed, self.solver, max(1.0, self.left()), memo=self.memo)
         self.bound = max(self.bound, found.bound - room)
         cost = self.problem.cost(found.choice)
         if self.fits(found.choice) and (self.best is None or cost < self.best.cost):

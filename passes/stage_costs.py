@@ -28,9 +28,8 @@ from alpa_like.cost import RingCost
 from alpa_like.graph import OpGraph
 from alpa_like.passes.compose import GraphReader
 from alpa_like.passes.flat import nbytes
-from alpa_like.passes.intra import Spaces
 from alpa_like.passes.layers import Layers
-from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions
+from alpa_like.passes.mesh_plan import MeshProblem, MeshSolution, SolverOptions, Stock
 from alpa_like.passes.pieces import PieceKind, Pieces, StagePiece, StageRange, form_pieces
 from alpa_like.passes.pipeline import EMULATED, problem_of
 from alpa_like.passes.stage_search import Option, Submesh
@@ -124,7 +123,7 @@ class LayerCosts:
     shares: dict[str, float] = field(default_factory=dict[str, float])
     kinds: dict[tuple[int, ...], str] = field(default_factory=dict[tuple[int, ...], str])
     problems: dict[object, MeshProblem] = field(default_factory=dict[object, MeshProblem])
-    spaces: dict[object, Spaces] = field(default_factory=dict[object, Spaces])
+    stock: Stock = field(default_factory=Stock)
 
     @property
     def micro_batches(self) -> int:
@@ -133,24 +132,41 @@ class LayerCosts:
     # ------------------------------------------------------------------------------------- what the search asks for
 
     def options(self, first: int, last: int, submesh: Submesh) -> list[Option]:
-        found: list[Option] = []
-        flying = min(self.micro_batches, -(-self.cluster.num_devices // submesh.num_devices))
         state = self.state_bytes(first, last) / submesh.num_devices
         if state > self.budget:
             least = self.lower_bound_s(first, last, submesh)
             return [Option(least / 3, least * 2 / 3, 0.0, state, 0.0, 0.0)]  # fits nowhere: not worth a solution
-        least = math.inf
+        found: list[Option] = []
+        ways = {(shape, remat): list[Option]() for remat in _MODES[self.remat] for shape in self.shapes(submesh)}
         for price in self.prices:
-            for remat in _MODES[self.remat]:
-                tags = [Tag(shape, remat, price) for shape in self.shapes(submesh)]
-                found.extend(self.option(first, last, submesh, tag) for tag in tags)
-                if any(o.bytes(flying) <= self.budget for o in found):
-                    return _pareto(found)
-            now = min(o.bytes(flying) for o in found)
-            if now > _HELPS * least:
-                break  # a higher price buys no memory any more
-            least = now
+            for (shape, remat), mine in ways.items():
+                mine.append(self.option(first, last, submesh, Tag(shape, remat, price)))
+                found.append(mine[-1])
+            fits = min((self.step_s(o) for o in found if self.fits(o, submesh)), default=math.inf)
+            ways = {way: mine for way, mine in ways.items() if self.gains(mine, fits, submesh)}
         return _pareto(found)
+
+    def gains(self, mine: Sequence[Option], fits_s: float, submesh: Submesh) -> bool:
+        """Whether a higher price of memory may make a faster option than the fastest that fits, of `fits_s` per step.
+
+        `mine` are a way's options so far: with the price it takes longer, and at the last rise it must have saved some.
+        """
+        now, before = mine[-1], mine[-2] if len(mine) > 1 else None
+        if self.fits(now, submesh) or self.step_s(now) >= fits_s:
+            return False
+        flying = self.most_flying(submesh)
+        return before is None or now.bytes(flying) <= _HELPS * before.bytes(flying)
+
+    def fits(self, option: Option, submesh: Submesh) -> bool:
+        """Wherever the stage may stand in the pipeline."""
+        return option.bytes(self.most_flying(submesh)) <= self.budget
+
+    def most_flying(self, submesh: Submesh) -> int:
+        """Micro-batches in flight of the first of as many stages as there can be of this size."""
+        return min(self.micro_batches, -(-self.cluster.num_devices // submesh.num_devices))
+
+    def step_s(self, option: Option) -> float:
+        return self.micro_batches * option.seconds + option.update_s
 
     def option(self, first: int, last: int, submesh: Submesh, tag: Tag) -> Option:
         m, send = self.range(first, last, submesh, tag), self.waiting_s(last, submesh)
@@ -302,12 +318,11 @@ class LayerCosts:
         part = self.cluster.part(submesh.hosts, submesh.devices_per_host)
         cost = RingCost(part, tag.mesh_shape, native_reduce_scatter=self.cluster.device.name != EMULATED)
         problem = self.problem(numbers)
-        spaces = self.spaces.setdefault((part, tag.mesh_shape), {})
         flying = min(self.micro_batches, _IN_FLIGHT)
         stages = sorted(set(problem.held.values()))
         price = tag.price * self.ideal_s / self.budget
         self.solves += 1
-        solution = problem.price(cost, dict.fromkeys(stages, flying), self.options_, price, spaces, exact=False)
+        solution = problem.price(cost, dict.fromkeys(stages, flying), self.options_, price, self.stock, exact=False)
         return _measured(solution, flying)
 
     @cached_property

@@ -114,7 +114,7 @@ def test_narrowing_changes_nothing(monkeypatch, memory):
     """Every problem counts as large, and nothing is eliminated first."""
     monkeypatch.setattr("alpa_like.passes.solve._NARROW_ABOVE", 4)
     monkeypatch.setattr(
-        "alpa_like.passes.solve.eliminate", lambda problem, keep=frozenset(): eliminate(problem, keep, 0)
+        "alpa_like.passes.solve.eliminate", lambda problem, keep=frozenset(), **_: eliminate(problem, keep, 0)
     )
     for seed in range(70):
         problem = random_problem(seed, memory=memory)

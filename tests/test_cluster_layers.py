@@ -45,6 +45,12 @@ def transformer(blocks: int, *, small: float = 0.0, head: float = 5.0) -> tuple[
     return flops, [b for _, out in heavy for b in (out + 1, out + 0.5, out)] + [9.0, 9.0]
 
 
+def resnet(*stages: int) -> tuple[list[float], list[float]]:
+    """Equal blocks, but for the first of each stage: it halves the image between two operators of its own."""
+    flops = [f for count in stages for f in (5.0, 3.0, *[6.0] * (count - 1))]
+    return flops, [1.0] * (len(flops) - 1)
+
+
 def test_clustering_equals_exhaustive_search() -> None:
     relaxed = 0
     for seed in range(250):
@@ -103,6 +109,7 @@ def test_twenty_thousand_operators_take_less_than_two_seconds(share: float, laye
         (transformer(24, head=30.0), 25),
         (transformer(96, small=1e-4), 48),
         (([1.0] * 10, [3.0] * 9), 10),
+        (resnet(3, 4, 6, 3), 20),
         (([1.0, 2.0, 4.0, 0.0], [3.0, 1.0, 5.0]), 2),
         (([1.0], []), 1),
         (([0.0, 0.0], [1.0]), 1),

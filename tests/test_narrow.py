@@ -1,15 +1,17 @@
 """Narrowing and pricing against brute force: what is dropped was never needed, what is claimed is true."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from alpa_like.errors import InfeasibleError
 from alpa_like.passes import ilp
-from alpa_like.passes.assignment import AssignmentProblem, Usage, brute_force
-from alpa_like.passes.narrow import _Bound, flow_entries, narrow, priced
-from alpa_like.passes.solve import least_memory, solve
+from alpa_like.passes.assignment import AssignmentProblem, Costs, Usage, brute_force
+from alpa_like.passes.eliminate import Memo, eliminate
+from alpa_like.passes.narrow import _Bound, charged, flow_entries, narrow, priced
+from alpa_like.passes.solve import estimate, least_memory, solve
 
 
 def random_problem(seed: int, *, memory: bool = False, nodes: int = 6) -> AssignmentProblem:
@@ -64,6 +66,48 @@ def test_narrowing_of_a_chain_leaves_one_choice_per_node() -> None:
     problem = AssignmentProblem(unary, {(i, i + 1): rng.random((40, 40)) for i in range(11)})
     narrowed = narrow(problem, ilp.solve, target=1)
     assert max(len(c) for c in narrowed.choices) == 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_elimination_and_narrowing_take_turns_to_the_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid that is too wide for elimination alone, and too large for the integer program as it is."""
+    rng = np.random.default_rng(seed)
+    nodes = [(row, column) for row in range(5) for column in range(5)]
+    edges = [(i, j) for i, a in enumerate(nodes) for j, b in enumerate(nodes) if i < j and math.dist(a, b) == 1]
+    problem = AssignmentProblem(tuple(rng.random(6) for _ in nodes), {e: rng.random((6, 6)) for e in edges})
+    optimum = ilp.solve(problem).cost
+    monkeypatch.setattr("alpa_like.passes.solve._NARROW_ABOVE", 150)
+    monkeypatch.setattr(
+        "alpa_like.passes.solve.eliminate",
+        lambda problem, memo=None, **_: eliminate(problem, max_entries=300, memo=memo),
+    )
+    assert solve(problem).cost == pytest.approx(optimum, rel=1e-9)
+    assert estimate(problem).cost >= optimum * (1 - 1e-9)
+
+
+def test_what_eliminations_made_serves_problems_with_the_same_arrays() -> None:
+    """Nodes whose costs have not changed meet what was made of them before; the others do not."""
+    rng = np.random.default_rng(2)
+    unary = tuple(rng.random(5) for _ in range(8))
+    pairs = {(i, i + 1): rng.random((5, 5)) for i in range(7)}
+    memo = Memo()
+    first = eliminate(AssignmentProblem(unary, pairs), memo=memo)
+    made = len(memo.made)
+    changed = AssignmentProblem((*unary[:-1], unary[-1] + rng.random(5)), pairs)
+    second = eliminate(changed, memo=memo)
+    assert first.expand(()) == eliminate(AssignmentProblem(unary, pairs)).expand(())
+    assert second.expand(()) == eliminate(changed).expand(())
+    assert made < len(memo.made) < 2 * made
+
+
+def test_a_price_on_bytes_makes_equal_costs_equal_objects() -> None:
+    costs, used = np.arange(3.0), np.array([4.0, 2.0, 1.0])
+    usages, made = [Usage(0, 0, 1, used), Usage(1, 0, 2, used)], dict[object, tuple[Costs, Costs, Costs]]()
+    left, right, other = charged((costs, costs, costs), usages, 0.5, made)
+    assert left.tolist() == [2.0, 2.0, 2.5]
+    assert left is right
+    assert other is costs
+    assert charged((costs, costs, costs), usages, 0.5, made)[0] is left
 
 
 @pytest.mark.parametrize("seed", range(40))
