@@ -202,8 +202,8 @@ class _Layout:
     def update_s(self) -> float:
         """Gradients over the replicas, then Adam, which reads four numbers per parameter and writes three."""
         dense, experts = self.stage_params()
-        parts = self.base.replicas if self.base.zero else 1
-        adam = self.cost.compute_s(0.0, 28.0 * (dense + experts) / parts, "f32")
+        apart, parts = self.copies() if self.base.zero else (1, 1)
+        adam = self.cost.compute_s(0.0, 28.0 * (dense / parts + experts / apart), "f32")
         kind = {0: "all-reduce", 2: "all-gather"}.get(self.base.zero)
         return adam + (self.over_replicas_s(kind, 4.0) if kind else 0.0)
 
@@ -244,6 +244,12 @@ class _Layout:
         return self.state_bytes() + (max(first, last) if b.stages > 1 else last)
 
     def state_bytes(self) -> float:
-        total = sum(self.stage_params())
+        """ZeRO spreads part of the state over those devices that hold the same parameters."""
         spread = {0: 0.0, 2: 12.0, 3: 16.0}[self.base.zero]
-        return total * (STATE_BYTES - spread + spread / self.base.replicas)
+        apart, parts = self.copies()
+        dense, experts = self.stage_params()
+        return (STATE_BYTES - spread) * (dense + experts) + spread * (dense / parts + experts / apart)
+
+    def copies(self) -> tuple[int, int]:
+        """How many devices of a stage hold the same experts, and how many the same other parameters."""
+        return self.base.replicas // self.base.expert, self.base.replicas

@@ -176,6 +176,20 @@ def test_data_parallel_by_hand() -> None:
     assert found.memory_bytes == pytest.approx(16 * params + held)
 
 
+def test_zero_spreads_over_copies_only() -> None:
+    """Experts of which each device has its own are not spread further; Adam updates them all there."""
+    cluster, sparse = alpa.Cluster.p3_16xlarge().part(1, 2), paper_moe_config("380M")
+    s = shares(sparse, ONE, 1, 2)
+    every = list(megatron.candidates(sparse, 8, cluster, megatron.EXPERT_PARALLEL))
+    plain, spread = (
+        next(c for c in every if (c.expert, c.tensor, c.rows, c.remat, c.zero) == (2, 1, 1, False, zero))
+        for zero in (0, 2)
+    )
+    units = sparse.num_layers // 2
+    dense = units * (s.unit_params - s.unit_experts) + s.rest_params
+    assert plain.memory_bytes - spread.memory_bytes == pytest.approx(12 * dense / 2)
+
+
 def test_the_best_of_the_grid_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = alpa.Cluster.p3_16xlarge().part(1, 4)
     roomy = megatron.search(SMALL, 64, cluster, replace(megatron.MEGATRON, tensor=(1,)))

@@ -20,6 +20,7 @@ from alpa_like.passes.mesh_plan import SolverOptions
 from alpa_like.passes.microbatch import split_batch
 from alpa_like.passes.stage_costs import LayerCosts, Tag
 from alpa_like.passes.stage_search import Submesh, search
+from alpa_like.pipeshard import StageOption
 from alpa_like.plan import Pipeline
 from alpa_like.tracer import trace
 
@@ -208,6 +209,34 @@ def test_the_predicted_memory_stays_below_the_budget(share: float) -> None:
     found = made(method(4, remat="auto", memory_budget_bytes=budget), state, cluster(1, 4))
     assert found.predicted.peak_memory_bytes <= budget
     assert all(m <= budget for m in pipeline_of(found).memory_bytes)
+
+
+@pytest.mark.parametrize(("rows", "hidden", "share"), [(1024, 256, 0.8), (1024, 1024, 0.7), (4096, 256, 0.98)])
+def test_memory_is_saved_in_the_way_that_costs_least(rows: int, hidden: int, share: float) -> None:
+    """No slower than the faster of the two stages by hand: with state and activations spread, or computed again."""
+    state, on = layers(*[hidden] * 4), cluster(1, 4)
+    whole = alpa.ManualStageOption([range(4)], [(1, 4)])
+
+    def plan(option: StageOption, remat: str, budget: float | None) -> alpa.Plan:
+        options = method(4, remat=remat, schedule="1f1b", stage_option=option, memory_budget_bytes=budget)
+        return made(options, state, on, rows=rows)
+
+    budget = share * plan(whole, "none", None).predicted.peak_memory_bytes
+    found = plan(alpa.AutoStageOption(1), "auto", budget)
+    by_hand = [plan(whole, remat, budget).predicted.step_time_s for remat in ("none", "layer")]
+    assert found.predicted.peak_memory_bytes <= budget
+    assert found.predicted.step_time_s <= 1.02 * min(by_hand)
+    assert by_hand[0] < 0.9 * by_hand[1]
+
+
+def test_small_memory_asks_for_more_micro_batches() -> None:
+    """Neither the number that is tried first fits, nor its neighbours."""
+    state, on, option = layers(*[64] * 4), cluster(1, 4), alpa.UniformStageOption(4)
+    budget = made(method(256, stage_option=option), state, on, rows=4096).predicted.peak_memory_bytes
+    tight = {"stage_option": option, "memory_budget_bytes": 1.2 * budget}
+    with pytest.raises(alpa.InfeasibleError):
+        made(method(32, **tight), state, on, rows=4096)
+    assert pipeline_of(made(method("auto", **tight), state, on, rows=4096)).num_micro_batches >= 64
 
 
 # ------------------------------------------------------------------------------------------------ micro-batches
