@@ -13,7 +13,7 @@ import pytest
 
 import alpa_like as alpa
 from alpa_like.cost import RingCost, ring_bytes
-from alpa_like.models import SIZES, GPTConfig, config, gpt_task, paper_gpt_config, paper_moe_config, task
+from alpa_like.models import SIZES, GPTConfig, MoEConfig, config, gpt_task, paper_gpt_config, paper_moe_config, task
 from benchmarks import __main__ as entry
 from benchmarks import megatron, model, paper
 from benchmarks.charts import Lines, draw_lines
@@ -178,7 +178,7 @@ def test_data_parallel_by_hand() -> None:
 
 def test_zero_spreads_over_copies_only() -> None:
     """Experts of which each device has its own are not spread further; Adam updates them all there."""
-    cluster, sparse = alpa.Cluster.p3_16xlarge().part(1, 2), paper_moe_config("380M")
+    cluster, sparse = alpa.Cluster.p3_16xlarge().part(1, 2), MoEConfig(512, 64, 64, 4, 4, num_experts=4)
     s = shares(sparse, ONE, 1, 2)
     every = list(megatron.candidates(sparse, 8, cluster, megatron.EXPERT_PARALLEL))
     plain, spread = (
