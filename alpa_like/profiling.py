@@ -34,7 +34,7 @@ _TURNED_ROWS = (2**9, 2**10, 2**11, 2**12, 2**13)
 
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
 
-_TYPICAL_RUNS = 9
+_TYPICAL_RUNS = 7
 """Runs of what is measured as in a step, where the median counts, since steps are no faster than that."""
 
 _DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH = 8, 256, 512
@@ -159,20 +159,30 @@ def _calls(mesh: Mesh) -> list[CallTime]:
     """Every kind of collective among 2, 4, … devices, all groups at once."""
     sizes = [n for n in (2**k for k in range(1, mesh.size.bit_length())) if mesh.size % n == 0]
     members = sorted({*sizes, mesh.size} - {1})
-    return [_call(mesh, kind, n) for kind in _COLLECTIVES for n in members]
+    return [call for n in members for call in _calls_among(mesh, n)]
 
 
-def _call(mesh: Mesh, kind: str, members: int) -> CallTime:
-    """Fits seconds = latency + bytes of the buffer / bandwidth to a small and a large buffer."""
-    devices = mesh.devices.reshape(-1, members)
-    groups, seconds = Mesh(devices, ("groups", "members")), list[float]()
-    for nbytes in _BUFFERS:
+def _calls_among(mesh: Mesh, members: int) -> list[CallTime]:
+    """Every kind among so many members, by a small and a large buffer; the matmuls in between are measured too."""
+    groups = Mesh(mesh.devices.reshape(-1, members), ("groups", "members"))
+
+    def seconds(step: _Step, nbytes: int) -> float:
         # Rows and columns must both be multiples of the members.
         rows, width = 4 * members, nbytes // 4 // (4 * members) // members * members
-        steps = (partial(_among_matmuls, step) for step in (partial(_COLLECTIVES[kind], members), _nothing))
-        whole, alone = (_seconds(groups, s, rows, width, ("groups", "members"), typical=True) for s in steps)
-        seconds.append(max(whole - alone, 1e-9) / _TIMES)
-    small, large = seconds
+        among = partial(_among_matmuls, step)
+        return _seconds(groups, among, rows, width, ("groups", "members"), typical=True)
+
+    alone = [seconds(_nothing, nbytes) for nbytes in _BUFFERS]
+    found: list[CallTime] = []
+    for kind, step in _COLLECTIVES.items():
+        whole = [seconds(partial(step, members), nbytes) for nbytes in _BUFFERS]
+        small, large = (max(w - a, 1e-9) / _TIMES for w, a in zip(whole, alone, strict=True))
+        found.append(_fitted(kind, members, small, large))
+    return found
+
+
+def _fitted(kind: str, members: int, small: float, large: float) -> CallTime:
+    """seconds = latency + bytes of the buffer / bandwidth, through the times of the two buffers."""
     inverse = max(large - small, 1e-12) / (_BUFFERS[1] - _BUFFERS[0])
     latency = max(0.0, small - inverse * _BUFFERS[0])
     return CallTime(kind, members, rounded(latency), rounded(1 / inverse))

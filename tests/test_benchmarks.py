@@ -180,7 +180,7 @@ def test_zero_spreads_over_copies_only() -> None:
     """Experts of which each device has its own are not spread further; Adam updates them all there."""
     cluster, sparse = alpa.Cluster.p3_16xlarge().part(1, 2), MoEConfig(512, 64, 64, 4, 4, num_experts=4)
     s = shares(sparse, ONE, 1, 2)
-    every = list(megatron.candidates(sparse, 8, cluster, megatron.EXPERT_PARALLEL))
+    every = list(megatron.candidates(sparse, 2, cluster, replace(megatron.EXPERT_PARALLEL, tensor=(1,))))
     plain, spread = (
         next(c for c in every if (c.expert, c.tensor, c.rows, c.remat, c.zero) == (2, 1, 1, False, zero))
         for zero in (0, 2)
