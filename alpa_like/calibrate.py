@@ -2,13 +2,15 @@
 
 All devices are busy in every measurement, because emulated CPU devices share cores and memory: the figures are what
 one device gets while a sharded program runs on all of them. Each figure is that of the fastest of a few runs, because
-whatever else runs on the machine only slows them down. Measured are
+whatever else runs on the machine only slows them down; what emulated devices do as in a train step is the median of a
+few. Measured are
 
-    FLOP/s per dtype     a large matmul of row-major arrays
+    FLOP/s per dtype     a large matmul of row-major arrays; for emulated devices also what share of that matmuls
+                         reach in a step through dense layers
     memory bandwidth     an element-wise op on an array that no cache holds
     link                 all-reduces of several sizes over all devices, fitted to the formula for rings
     profile              what a kernel takes at least; element-wise functions, simple and costly; an array that is
-                         read across its rows; every kind of collective among 2, 4, … devices, as a latency and a
+                         read by its columns; every kind of collective among 2, 4, … devices, as a latency and a
                          bandwidth of its own (emulated devices only: these meet in shared memory, without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one
