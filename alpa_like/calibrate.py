@@ -37,7 +37,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.version import __version__ as jaxlib_version
 
-from alpa_like.cluster import Cluster, Device, Link
+from alpa_like.cluster import Cluster, Device, Link, Profile
 from alpa_like.errors import ClusterError
 from alpa_like.profiling import dense_flops, fastest, profile_of, rounded
 
@@ -193,10 +193,7 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
         peak_flops=peaks,
         memory_bytes=_memory_bytes(devices),
         memory_bandwidth_bytes_per_s=bandwidth,
-        # The measured rate is what a large matmul reaches; emulated devices reach a part of it in a train step.
-        flops_efficiency=min(1.0, rounded(dense_flops(mesh, profile, bandwidth) / dict(peaks)["float32"]))
-        if profile
-        else 1.0,
+        flops_efficiency=_efficiency(mesh, profile, bandwidth, dict(peaks)["float32"]),
         exposed=float(platform == "cpu"),  # cores wait for what they read
     )
     link = _all_reduce_link(mesh, sizes) if len(devices) > 1 else Link(bandwidth, _LONE_LATENCY_S)
@@ -204,6 +201,11 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
     cluster = Cluster(f"local-{platform}", 1, len(devices), device, link, link, (source,), profile=profile)
     _log.info("measured %s in %.1f s", cluster, time.perf_counter() - start)
     return cluster
+
+
+def _efficiency(mesh: Mesh, profile: Profile | None, bandwidth: float, peak: float) -> float:
+    """The share of a large matmul's rate that steps reach: all of it, but for emulated devices."""
+    return min(1.0, rounded(dense_flops(mesh, profile, bandwidth) / peak)) if profile else 1.0
 
 
 def _seconds_per_call(step: Callable[[jax.Array], jax.Array], x: jax.Array, sizes: _Sizes) -> float:

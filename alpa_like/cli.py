@@ -29,8 +29,9 @@ from alpa_like.cluster import Cluster
 from alpa_like.errors import AlpaError, ClusterError, CommandError
 from alpa_like.methods import Method, ShardParallel
 from alpa_like.pipeshard import AutoStageOption, PipeshardParallel, UniformStageOption
-from alpa_like.plan import Plan, StagePlan, bytes_text, itemsize, partition_spec
+from alpa_like.plan import Plan, StagePlan, itemsize, partition_spec
 from alpa_like.runtime import session
+from alpa_like.texts import bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from alpa_like.errors import ClusterError
+from alpa_like.texts import counted
 
 __all__ = ["CallTime", "Cluster", "Device", "Link", "Profile"]
 
@@ -275,7 +276,7 @@ class Cluster:
         device = self.device
         dtype = next(d for d in ("bfloat16", "float16", "float32") if d in dict(device.peak_flops))
         text = (
-            f"{self.name}: {_hosts(self.hosts)} × {self.devices_per_host} {device.name} "
+            f"{self.name}: {counted(self.hosts, 'host')} × {self.devices_per_host} {device.name} "
             f"({device.memory_bytes / _GIB:.4g} GiB, {_short(device.flops_per_s(dtype))}FLOP/s {dtype}), "
             f"{_short(self.intra_host.bandwidth_bytes_per_s)}B/s per device in a host"
         )
@@ -289,8 +290,8 @@ class Cluster:
         """Some hosts of this cluster, or some devices of one host, as a cluster of their own."""
         if not (1 <= hosts <= self.hosts and 1 <= devices_per_host <= self.devices_per_host):
             raise ClusterError(
-                f"cluster {self.name!r} has {_hosts(self.hosts)} of {self.devices_per_host} devices, asked for {hosts} "
-                f"of {devices_per_host}"
+                f"cluster {self.name!r} has {counted(self.hosts, 'host')} of {self.devices_per_host} devices, "
+                f"asked for {hosts} of {devices_per_host}"
             )
         if devices_per_host == self.devices_per_host:
             return self if hosts == self.hosts else replace(self, hosts=hosts)
@@ -533,10 +534,6 @@ class Cluster:
     def tpu_v5p(cls, hosts: int = 1) -> Cluster:
         """Cloud TPU v5p: hosts of 4 chips (2×2×1) in a 3D torus. See `_tpu` for what the links assume."""
         return _tpu("tpu-v5p", hosts, 4, _TPU_V5P, 90e9, "Google Cloud, 'TPU v5p': 459 TFLOP/s, 95 GiB, 2765 GB/s")
-
-
-def _hosts(count: int) -> str:
-    return "1 host" if count == 1 else f"{count} hosts"
 
 
 def _profile(data: dict[str, Any] | None) -> Profile | None:

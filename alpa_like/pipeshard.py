@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from alpa_like.errors import MethodError
 from alpa_like.methods import Method
+from alpa_like.plan import BATCH_STATISTICS
 from alpa_like.schedule import SCHEDULES
 
 __all__ = [
@@ -185,8 +186,9 @@ class PipeshardParallel(Method):
             _check_count("num_micro_batches", self.num_micro_batches)
         if self.schedule not in ("auto", *SCHEDULES):
             raise MethodError(f"schedule must be 'auto' or one of {', '.join(SCHEDULES)}, found {self.schedule!r}")
-        if self.batch_statistics not in ("error", "micro_batch"):
-            raise MethodError(f"batch_statistics must be 'error' or 'micro_batch', found {self.batch_statistics!r}")
+        if self.batch_statistics not in BATCH_STATISTICS:
+            known = " or ".join(map(repr, BATCH_STATISTICS))
+            raise MethodError(f"batch_statistics must be {known}, found {self.batch_statistics!r}")
         if not isinstance(self.layer_option, LayerOption):
             raise MethodError(
                 f"layer_option must be an AutoLayerOption or ManualLayerOption, found {self.layer_option!r}"

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from alpa_like.errors import AlpaError, PlanError
 from alpa_like.records import mistyped
 from alpa_like.schedule import SCHEDULES, Schedule, make_schedule
 from alpa_like.simulate import Simulation, Times, simulate, write_trace
+from alpa_like.texts import bytes_text, common_path, counted, seconds_text
 
 __all__ = [
     "Accumulator",
@@ -37,10 +38,8 @@ __all__ = [
     "SolverReport",
     "Spec",
     "StagePlan",
-    "common_path",
     "itemsize",
     "partition_spec",
-    "seconds_text",
     "shown_stages",
     "spec_text",
 ]
@@ -454,26 +453,6 @@ def spec_text(spec: Spec, axis_names: tuple[str, ...]) -> str:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def bytes_text(n: float) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n:.0f} B"
-
-
-def counted(n: int, name: str) -> str:
-    """`1 stage`, `8 micro-batches`."""
-    return f"{n} {name}{'' if n == 1 else 'es' if name.endswith('ch') else 's'}"
-
-
-def seconds_text(s: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if s >= size:
-            return f"{s / size:.3g} {unit}"
-    return f"{s * 1e6:.3g} us"
-
-
 def _header(plan: Plan) -> list[str]:
     p, s = plan.predicted, plan.solver
     traffic = ", ".join(f"{k} {bytes_text(v)}" for k, v in p.traffic_bytes.items() if v) or "none"
@@ -578,12 +557,6 @@ def _rows(stage: StagePlan) -> list[tuple[str, str, str, str, str]]:
         )
         merged.setdefault(key, []).append(p.path)
     return [(common_path(paths), str(len(paths)), *k[1:]) for k, paths in merged.items()]
-
-
-def common_path(paths: Sequence[str]) -> str:
-    """One text for paths that differ in numbers only, with * for each number that is not the same in all."""
-    columns = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
-    return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
 
 
 def itemsize(dtype: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -118,10 +118,17 @@ def _seconds(
     mesh: Mesh, step: _Step, rows: int, width: int, names: tuple[str, ...] = ("devices",), *, typical: bool = False
 ) -> float:
     """Seconds of a step on an array [rows, width] on each device: the least, or the median."""
+    run, x = _ready(mesh, step, rows, width, names, 0.5)
+    return statistics.median(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
+
+
+def _ready(
+    mesh: Mesh, step: Callable[..., Any], rows: int, width: int, names: tuple[str, ...], value: float
+) -> tuple[Callable[..., Any], jax.Array]:
+    """A step on what each device has, and an array [rows, width] on each device that is full of a value."""
     spec = PartitionSpec(names)
     run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    x = jnp.full((mesh.size * rows, width), 0.5, jnp.float32, device=NamedSharding(mesh, spec))
-    return statistics.median(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
+    return run, jnp.full((mesh.size * rows, width), value, jnp.float32, device=NamedSharding(mesh, spec))
 
 
 def dense_flops(mesh: Mesh, profile: Profile, bandwidth: float) -> float:
@@ -140,19 +147,11 @@ def dense_flops(mesh: Mesh, profile: Profile, bandwidth: float) -> float:
     def step(weights: list[jax.Array]) -> list[jax.Array]:
         return jax.tree.map(lambda w, g: w - 1e-9 * g, weights, jax.grad(loss)(weights))
 
-    seconds = _median_s(mesh, step, [(width, width)] * _DENSE_LAYERS) / _DENSE_LAYERS
+    run, weight = _ready(mesh, step, width, width, ("devices",), 1 / width)
+    seconds = statistics.median(_times(run, [weight] * _DENSE_LAYERS, 1, _TYPICAL_RUNS)) / _DENSE_LAYERS
     turned = rows * width * profile.turn_s(4 * width)
     moved = 3 * 4 * (2 * rows * width + width * width) + 3 * 4 * width * width  # three matmuls, and the update
     return 6 * rows * width * width / max(seconds - turned - moved / bandwidth, 0.1 * seconds)
-
-
-def _median_s(mesh: Mesh, step: Callable[..., Any], shapes: Sequence[tuple[int, int]]) -> float:
-    """Seconds of a step on a list of arrays of these shapes on each device."""
-    spec = PartitionSpec("devices")
-    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    rows = NamedSharding(mesh, spec)
-    arrays = [jnp.full((mesh.size * n, width), 1 / width, jnp.float32, device=rows) for n, width in shapes]
-    return statistics.median(_times(run, arrays, 1, _TYPICAL_RUNS))
 
 
 def _calls(mesh: Mesh) -> list[CallTime]:

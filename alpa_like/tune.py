@@ -21,8 +21,9 @@ from alpa_like.api import ParallelFunction, parallelize
 from alpa_like.cluster import Cluster
 from alpa_like.errors import ClusterError, InfeasibleError, MethodError
 from alpa_like.methods import DataParallel, ManualParallel, Method, ShardParallel, Zero2Parallel, Zero3Parallel
-from alpa_like.plan import Plan, seconds_text
+from alpa_like.plan import Plan
 from alpa_like.runtime import session
+from alpa_like.texts import seconds_text
 
 __all__ = ["tune"]
 

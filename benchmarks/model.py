@@ -37,7 +37,7 @@ import jax
 import alpa_like as alpa
 from alpa_like.cli import read_cluster
 from alpa_like.models import SIZES, Task, config, task
-from alpa_like.plan import bytes_text, seconds_text
+from alpa_like.texts import bytes_text, seconds_text
 from benchmarks.charts import Panel, draw_bars, drawable
 from benchmarks.common import METHODS, compare, measure_executable, table
 from benchmarks.fill import fill

@@ -31,8 +31,9 @@ from alpa_like.passes.narrow import Charges, charged
 from alpa_like.passes.pieces import StagePiece
 from alpa_like.passes.pins import PinWriter, by_seconds
 from alpa_like.passes.solve import estimate, least_memory, solve
-from alpa_like.plan import PartialSum, Pin, bytes_text
+from alpa_like.plan import PartialSum, Pin
 from alpa_like.schedule import Kind
+from alpa_like.texts import bytes_text
 
 __all__ = ["Held", "MeshProblem", "MeshSolution", "SolverOptions", "Stock"]
 

@@ -27,7 +27,8 @@ from alpa_like.passes.intra import Restrictions, ShardingProblem, build
 from alpa_like.passes.liveness import Liveness
 from alpa_like.passes.pins import PinWriter
 from alpa_like.passes.solve import least_memory, solve
-from alpa_like.plan import Candidate, Placed, Plan, Predicted, SolverReport, Spec, StagePlan, bytes_text
+from alpa_like.plan import Candidate, Placed, Plan, Predicted, SolverReport, Spec, StagePlan
+from alpa_like.texts import bytes_text
 from alpa_like.tracer import Leaf, Trace
 
 __all__ = ["make_plan"]

@@ -47,7 +47,7 @@ from alpa_like.passes.stage_programs import (
     Stage,
     make_room,
 )
-from alpa_like.plan import bytes_text
+from alpa_like.texts import bytes_text, counted
 
 __all__ = ["Choice", "Costs", "Option", "Search", "Statistics", "Submesh", "search", "submeshes"]
 
@@ -152,10 +152,6 @@ def _check(num_layers: int, num_micro_batches: int, memory_bytes: float, gap: fl
         raise MethodError(f"memory_bytes must be above 0 and gap at least 0, found {memory_bytes} and {gap}")
 
 
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
-
-
 def _counts(
     rooms: Rooms, num_layers: int, cluster: Cluster, max_stages: int | None, num_stages: int | None
 ) -> tuple[int, ...]:
@@ -166,8 +162,8 @@ def _counts(
     if not counts:
         asked = f"max_stages={max_stages}" if num_stages is None else f"num_stages={num_stages}"
         raise MethodError(
-            f"{_counted(num_layers, 'layer')} on {_counted(cluster.hosts, 'host')} of "
-            f"{_counted(cluster.devices_per_host, 'device')} can form {', '.join(map(str, possible))} stages with "
+            f"{counted(num_layers, 'layer')} on {counted(cluster.hosts, 'host')} of "
+            f"{counted(cluster.devices_per_host, 'device')} can form {', '.join(map(str, possible))} stages with "
             f"submeshes of 1, 2, 4, … devices or whole hosts, not {asked}; ask for one of these, or give other "
             "submeshes with ManualStageOption"
         )

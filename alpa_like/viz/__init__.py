@@ -19,12 +19,8 @@ except ModuleNotFoundError as error:
         name="matplotlib",
     ) from error
 
-from alpa_like.plan import (
-    Plan,
-    bytes_text,
-    counted,
-    seconds_text,
-)
+from alpa_like.plan import Plan
+from alpa_like.texts import bytes_text, counted, seconds_text
 from alpa_like.viz.bars import Breakdown, Work
 from alpa_like.viz.candidates import Ranking, Scatter, candidates
 from alpa_like.viz.cluster_map import LayerStrip, stage_panels

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alpa_like.plan import Plan, seconds_text
+from alpa_like.plan import Plan
+from alpa_like.texts import seconds_text
 from alpa_like.viz.data import Mesh, meshes, seconds_by_mesh, sends_by_mesh, work_by_mesh
 from alpa_like.viz.rows import LEGEND, TICKS, legend_above, names, row_height, time_rows
 from alpa_like.viz.style import FAINT, INK, KIND_COLORS, KIND_NAMES, Box, put, text_width

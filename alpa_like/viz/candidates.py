@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alpa_like.plan import Plan, bytes_text, counted, seconds_text
+from alpa_like.plan import Plan
+from alpa_like.texts import bytes_text, counted, seconds_text
 from alpa_like.viz.rows import TICKS
 from alpa_like.viz.style import ALARM, FAINT, INK, KIND_COLORS, MUTED, Box, bare, put, shortened, text_width, time_axis
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from alpa_like.plan import Plan, bytes_text
+from alpa_like.plan import Plan
+from alpa_like.texts import bytes_text
 from alpa_like.viz.data import Mesh, memory_limit, mesh_text, meshes
 from alpa_like.viz.style import (
     ALARM,

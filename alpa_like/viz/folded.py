@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from alpa_like.plan import Placed, Plan, Spec, StagePlan, common_path
+from alpa_like.plan import Placed, Plan, Spec, StagePlan
+from alpa_like.texts import common_path
 from alpa_like.viz.data import forward_piece, local_bytes, ranges_text, shown_stages
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alpa_like.plan import Plan, bytes_text
+from alpa_like.plan import Plan
+from alpa_like.texts import bytes_text
 from alpa_like.viz.bars import Bar, stack
 from alpa_like.viz.data import MemoryCurve, Mesh, memory_curves, memory_limit, meshes
 from alpa_like.viz.rows import LEGEND, TICKS, legend_above, row_axes, swatches

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from matplotlib.figure import Figure
 
-from alpa_like.plan import Plan, bytes_text
+from alpa_like.plan import Plan
+from alpa_like.texts import bytes_text
 from alpa_like.viz.data import mesh_text
 from alpa_like.viz.folded import Section, Tensor, by_size, sections
 from alpa_like.viz.glyphs import MINE, dims_text, glyph
