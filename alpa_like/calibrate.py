@@ -2,16 +2,17 @@
 
 All devices are busy in every measurement, because emulated CPU devices share cores and memory: the figures are what
 one device gets while a sharded program runs on all of them. Each figure is that of the fastest of a few runs, because
-whatever else runs on the machine only slows them down; what emulated devices do as in a train step is the median of a
-few. Measured are
+whatever else runs on the machine only slows them down. What emulated devices do as in a train step is the lower
+quartile of a few, and for collectives the median of pairs of runs with and without them. Measured are
 
     FLOP/s per dtype     a large matmul of row-major arrays; for emulated devices also what share of that matmuls
                          reach in a step through dense layers
     memory bandwidth     an element-wise op on an array that no cache holds
     link                 all-reduces of several sizes over all devices, fitted to the formula for rings
-    profile              what a kernel takes at least; element-wise functions, simple and costly; an array that is
-                         read by its columns; every kind of collective among 2, 4, … devices, as a latency and a
-                         bandwidth of its own (emulated devices only: these meet in shared memory, without a ring)
+    profile              what a kernel takes at least; simple and costly element-wise functions, and the bytes that they
+                         read and write; an array that is read by its columns; every kind of collective among 2, 4, …
+                         devices, as a latency and a bandwidth of its own (emulated devices only: these meet in shared
+                         memory, without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one
 for each platform, kind and number of devices, jaxlib version and number of CPUs. A file that can't be read is measured
@@ -46,7 +47,7 @@ __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 3
+_FORMAT = 4
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}

@@ -166,6 +166,7 @@ class Profile:
 
     kernel_s: seconds that a kernel takes however little it does. simple_s and costly_s: seconds per element of an
     addition and the like, and of an exponential and the like, in element-wise kernels that memory does not slow down.
+    bytes_per_s: what kernels other than matmuls and convolutions read and write of arrays that caches hold.
     turned: bytes from one row to the next, powers of two, rising, each with the seconds per element that it takes to
     read a matrix with such rows by its columns: a matmul's left side that is contracted over another than its last
     dim, what an all-gather along the last dim sends, a transpose in front of an element-wise op.
@@ -176,6 +177,7 @@ class Profile:
     kernel_s: float
     simple_s: float
     costly_s: float
+    bytes_per_s: float
     turned: tuple[tuple[int, float], ...] = ()
     calls: tuple[CallTime, ...] = ()
     joined: tuple[str, ...] = ()
@@ -183,6 +185,7 @@ class Profile:
     def __post_init__(self) -> None:
         for what in ("kernel_s", "simple_s", "costly_s"):
             _check_positive(f"a profile's {what}", getattr(self, what), or_zero=True)
+        _check_positive("a profile's bytes_per_s", self.bytes_per_s)
         rows = [row for row, _ in self.turned]
         if rows != sorted(set(rows)) or any(row < 1 or row & (row - 1) for row in rows):
             raise ClusterError(f"a profile's turned must list rising powers of two of bytes, found {rows}")

@@ -46,11 +46,11 @@ class CostModel(Protocol):
         ...
 
     def elementwise_s(self, simple: float, costly: float, nbytes: float) -> float:
-        """Seconds of element-wise work: elements of simple and of costly functions, bytes through the memory."""
+        """Seconds of what is no contraction: elements of simple and of costly functions, bytes through the memory."""
         ...
 
     def kernel_s(self, flops: float, nbytes: float, dtype: str) -> float:
-        """Seconds of an op that is a kernel of its own."""
+        """Seconds of a matmul or a convolution, which are kernels of their own."""
         ...
 
     def turn_s(self, elements: float, row_bytes: float) -> float:
@@ -60,6 +60,11 @@ class CostModel(Protocol):
     @property
     def copies_turned(self) -> bool:
         """Whether what is read by its columns is first copied."""
+        ...
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether what several kernels read is computed in each of them where it is cheap, and kept by none."""
         ...
 
     @property
@@ -112,8 +117,10 @@ class RingCost:
         return max(arithmetic, memory) + exposed * min(arithmetic, memory)
 
     def elementwise_s(self, simple: float, costly: float, nbytes: float) -> float:
-        memory, profile = self.compute_s(0.0, nbytes, "f32"), self.cluster.profile
-        work = simple * profile.simple_s + costly * profile.costly_s if profile else 0.0
+        profile = self.cluster.profile
+        if not profile:
+            return self.compute_s(0.0, nbytes, "f32")
+        memory, work = nbytes / profile.bytes_per_s, simple * profile.simple_s + costly * profile.costly_s
         return max(memory, work) + self.cluster.device.exposed * min(memory, work)
 
     def kernel_s(self, flops: float, nbytes: float, dtype: str) -> float:
@@ -125,6 +132,10 @@ class RingCost:
     @property
     def copies_turned(self) -> bool:
         return self.cluster.profile is not None and bool(self.cluster.profile.turned)
+
+    @property
+    def computes_again(self) -> bool:
+        return self.cluster.profile is None  # XLA's CPU backend keeps it
 
     @property
     def joins_reductions(self) -> bool:

@@ -26,6 +26,9 @@ _Step = Callable[[jax.Array], jax.Array]
 _ROWS, _WIDTH = 128, 1024
 """Elements of a device's array in element-wise work: half a MiB, which caches hold."""
 
+_LARGE_ROWS = 1024
+"""4 MiB, which only the last cache holds: devices that take turns on a core leave nothing in the nearer ones."""
+
 _BUFFERS = (2**12, 2**21)
 """Bytes of the buffers of collectives: one that shows the latency, one that shows the bandwidth."""
 
@@ -34,8 +37,11 @@ _TURNED_ROWS = (2**9, 2**10, 2**11, 2**12, 2**13)
 
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
 
+_COLLECTIVES_IN_A_ROW, _PAIRS = 12, 7
+"""Collectives of a run, and pairs of runs with and without them."""
+
 _TYPICAL_RUNS = 7
-"""Runs of what is measured as in a step, where the median counts, since steps are no faster than that."""
+"""Runs of what is measured as in a step, where not the fastest one counts, since steps are no faster than most."""
 
 _DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH = 8, 256, 512
 
@@ -65,6 +71,17 @@ def _times(step: Callable[..., Any], x: Any, calls: int, runs: int) -> list[floa
     return times
 
 
+def _paired(one: tuple[_Step, jax.Array], other: tuple[_Step, jax.Array]) -> float:
+    """By how many seconds one step is longer than another: the median of pairs of runs that are close in time."""
+
+    def seconds(step: _Step, x: jax.Array) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(step(x))
+        return time.perf_counter() - start
+
+    return statistics.median([seconds(*one) - seconds(*other) for _ in range(_PAIRS + 1)][1:])
+
+
 def profile_of(mesh: Mesh) -> Profile:
     """The profile of the devices of a mesh of one axis."""
     empty = _seconds(mesh, lambda x: x, 8, 8)
@@ -77,6 +94,7 @@ def profile_of(mesh: Mesh) -> Profile:
         rounded(kernel_s),
         rounded(max(0.0, simple) / elements / 16),
         rounded(max(0.0, costly) / elements / 2),
+        rounded(_bytes_per_s(mesh, empty)),
         tuple((row, rounded(_turned_s(mesh, row))) for row in _TURNED_ROWS),
         tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
         _JOINED,
@@ -95,6 +113,19 @@ def _sixteen(x: jax.Array) -> jax.Array:
     for number in range(8):
         y = y * x + (number + 0.5)
     return y
+
+
+def _bytes_per_s(mesh: Mesh, empty: float) -> float:
+    """Of products that are kept apart from what they are made of, as most results of a step are."""
+
+    def multiply(x: jax.Array) -> jax.Array:
+        for number in range(_TIMES):
+            y = jax.lax.optimization_barrier(x * (number + 1.5))
+            x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
+        return x
+
+    seconds = _seconds(mesh, multiply, _LARGE_ROWS, _WIDTH, typical=True) - empty
+    return _TIMES * 2 * 4 * _LARGE_ROWS * _WIDTH / max(seconds, 1e-9)
 
 
 def _turned_s(mesh: Mesh, row_bytes: int) -> float:
@@ -117,9 +148,14 @@ def _turned_s(mesh: Mesh, row_bytes: int) -> float:
 def _seconds(
     mesh: Mesh, step: _Step, rows: int, width: int, names: tuple[str, ...] = ("devices",), *, typical: bool = False
 ) -> float:
-    """Seconds of a step on an array [rows, width] on each device: the least, or the median."""
+    """Seconds of a step on an array [rows, width] on each device: the least, or those of a typical run."""
     run, x = _ready(mesh, step, rows, width, names, 0.5)
-    return statistics.median(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
+    return _typical(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
+
+
+def _typical(times: list[float]) -> float:
+    """The lower quartile: other programs on the machine only slow runs down."""
+    return statistics.quantiles(times, n=4)[0]
 
 
 def _ready(
@@ -148,10 +184,13 @@ def dense_flops(mesh: Mesh, profile: Profile, bandwidth: float) -> float:
         return jax.tree.map(lambda w, g: w - 1e-9 * g, weights, jax.grad(loss)(weights))
 
     run, weight = _ready(mesh, step, width, width, ("devices",), 1 / width)
-    seconds = statistics.median(_times(run, [weight] * _DENSE_LAYERS, 1, _TYPICAL_RUNS)) / _DENSE_LAYERS
-    turned = rows * width * profile.turn_s(4 * width)
-    moved = 3 * 4 * (2 * rows * width + width * width) + 3 * 4 * width * width  # three matmuls, and the update
-    return 6 * rows * width * width / max(seconds - turned - moved / bandwidth, 0.1 * seconds)
+    seconds = _typical(_times(run, [weight] * _DENSE_LAYERS, 1, 2 * _TYPICAL_RUNS)) / _DENSE_LAYERS
+    others = (
+        rows * width * profile.turn_s(4 * width),
+        3 * 4 * (2 * rows * width + width * width) / bandwidth,  # three matmuls
+        3 * 4 * width * width / profile.bytes_per_s,  # the update
+    )
+    return 6 * rows * width * width / max(seconds - sum(others), 0.1 * seconds)
 
 
 def _calls(mesh: Mesh) -> list[CallTime]:
@@ -165,19 +204,20 @@ def _calls_among(mesh: Mesh, members: int) -> list[CallTime]:
     """Every kind among so many members, by a small and a large buffer; the matmuls in between are measured too."""
     groups = Mesh(mesh.devices.reshape(-1, members), ("groups", "members"))
 
-    def seconds(step: _Step, nbytes: int) -> float:
+    def ready(step: _Step, nbytes: int) -> tuple[_Step, jax.Array]:
         # Rows and columns must both be multiples of the members.
         rows, width = 4 * members, nbytes // 4 // (4 * members) // members * members
-        among = partial(_among_matmuls, step)
-        return _seconds(groups, among, rows, width, ("groups", "members"), typical=True)
+        return _ready(groups, partial(_among_matmuls, step), rows, width, ("groups", "members"), 0.5)
 
-    alone = [seconds(_nothing, nbytes) for nbytes in _BUFFERS]
-    found: list[CallTime] = []
-    for kind, step in _COLLECTIVES.items():
-        whole = [seconds(partial(step, members), nbytes) for nbytes in _BUFFERS]
-        small, large = (max(w - a, 1e-9) / _TIMES for w, a in zip(whole, alone, strict=True))
-        found.append(_fitted(kind, members, small, large))
-    return found
+    alone = {nbytes: ready(_nothing, nbytes) for nbytes in _BUFFERS}
+
+    def extra(step: Callable[[int, jax.Array], jax.Array], nbytes: int) -> float:
+        """Seconds of one collective."""
+        return max(1e-9, _paired(ready(partial(step, members), nbytes), alone[nbytes])) / _COLLECTIVES_IN_A_ROW
+
+    return [
+        _fitted(kind, members, *(extra(step, nbytes) for nbytes in _BUFFERS)) for kind, step in _COLLECTIVES.items()
+    ]
 
 
 def _fitted(kind: str, members: int, small: float, large: float) -> CallTime:
@@ -189,11 +229,9 @@ def _fitted(kind: str, members: int, small: float, large: float) -> CallTime:
 
 def _among_matmuls(collective: _Step, x: jax.Array) -> jax.Array:
     y = jnp.full((_DENSE_ROWS, _DENSE_ROWS), 1e-3, jnp.float32)
-    for _ in range(_TIMES):
+    for _ in range(_COLLECTIVES_IN_A_ROW):
         y, x = jax.lax.optimization_barrier((y + x[0, 0], x))
-        for _ in range(2):
-            y = y @ y
-        x, y = jax.lax.optimization_barrier((x, y))
+        x, y = jax.lax.optimization_barrier((x, y @ y))
         x = collective(jax.lax.dynamic_update_slice(x, y[:1, :1], (0, 0)))
     return x
 

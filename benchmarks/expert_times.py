@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     keep_freed_memory()
     alpa.init(num_devices=DEVICES)
-    cluster, lines, records = alpa.Cluster.local(), list[tuple[str, ...]](), dict[str, Any]()
+    cluster, lines, records = alpa.Cluster.local(recalibrate=True), list[tuple[str, ...]](), dict[str, Any]()
     for model in options.models:
         start, task = time.perf_counter(), MODELS[model]()
         ours = chosen(task, cluster)

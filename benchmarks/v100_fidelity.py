@@ -13,6 +13,10 @@ A layer's time is the sum of its operators' times. Arithmetic, traffic and all-r
 pays for: the host's time per operator, waiting after all-reduces, copies to and from lists of tensors. Constants were
 fitted to the layers of GPT-1.3B and to collectives of 1, 2, 4, ... MB; all other rows test them. Of messages only the
 rate of the network is fitted, to the largest one: another network than that of the preset was measured.
+
+A second table adds the measured times up to a whole model: what these kernels reach where no stage waits and nothing is
+sent but their own all-reduces, with the layers' forward passes done twice. Beside it stands what Alpa measured for the
+model of that size, its tensors at a sequence of 1024: how far that is above what any cost model of these kernels says.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from pathlib import Path
 
 from alpa_like.cluster import Cluster
 from alpa_like.cost import RingCost
+from alpa_like.models import paper_gpt_config
 from benchmarks.common import MIB, parser, table
+from benchmarks.published import PUBLISHED, gpt_flops
 
 SEQUENCE = 2048
 DTYPE = "float16"
@@ -223,15 +229,55 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def layers(rows: Iterable[Row]) -> Iterator[Compared]:
-    """Forward, backward and both of each measured GPT layer; other operators and failed runs are left out."""
+def measured_models(rows: Iterable[Row]) -> Iterator[tuple[str, int, int, dict[str, Row]]]:
+    """Model, micro-batch, tensor-parallel degree and all operators of what ran without a failure."""
     found: defaultdict[tuple[str, int, int], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if row["algorithm"] == "0" and row["op"].startswith("enc-") and "gpt" in row["model"]:
+        if row["algorithm"] == "0" and "gpt" in row["model"]:
             found[row["model"], int(row["micro_batch"]), int(row["tensor_parallel"])][row["op"]] = row
     for (model, batch, parts), ops in found.items():
         if all(float(r["forward_us"]) < FAILED and float(r["backward_us"]) < FAILED for r in ops.values()):
-            yield from layer(model, batch, parts, ops)
+            yield model, batch, parts, ops
+
+
+def in_layer(op: str) -> bool:
+    """Whether an operator belongs to a layer; the others are the embedding and the head."""
+    return op.startswith("enc-")
+
+
+def layers(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Forward, backward and both of each measured GPT layer; other operators and failed runs are left out."""
+    for model, batch, parts, ops in measured_models(rows):
+        yield from layer(model, batch, parts, {op: row for op, row in ops.items() if in_layer(op)})
+
+
+def reached(rows: Iterable[Row]) -> Iterator[tuple[str, int, int, float]]:
+    """Model, micro-batch, GPUs, and the FLOP/s per GPU, as Alpa counts them, that the measured operators add up to."""
+    for model, batch, parts, ops in measured_models(rows):
+        size = model.removeprefix("gpt_").replace("_", ".")
+        if size in PUBLISHED["gpt"]:
+            config = replace(paper_gpt_config(size), seq_len=SEQUENCE)
+            repeats = {op: config.num_layers if in_layer(op) else 1 for op in ops}
+            seconds = 1e-6 * sum(
+                repeats[op] * ((1 + in_layer(op)) * float(r["forward_us"]) + float(r["backward_us"]))
+                for op, r in ops.items()
+            )
+            yield size, batch, parts, gpt_flops(config, batch) / seconds / parts
+
+
+def reached_table(rows: Iterable[Row]) -> str:
+    """The best micro-batch of every model and number of GPUs, beside Alpa's result for the model."""
+    best: dict[tuple[str, int], tuple[float, int]] = {}
+    for size, batch, parts, rate in reached(rows):
+        best[size, parts] = max(best.get((size, parts), (0.0, 0)), (rate, batch))
+    order = list(PUBLISHED["gpt"])
+    lines = [
+        (f"GPT-{size}", str(parts), str(batch), f"{1e-12 * rate:.1f}", f"{PUBLISHED['gpt'][size].alpa:.1f}",
+         f"{PUBLISHED['gpt'][size].alpa / (1e-12 * rate) - 1:+.0%}")
+        for (size, parts), (rate, batch) in sorted(best.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]  # fmt: skip
+    heads = ("model", "tensor parallel", "best micro-batch", "kernels alone, TFLOP/s", "Alpa, TFLOP/s", "Alpa above")
+    return table(heads, lines)
 
 
 def layer(model: str, batch: int, parts: int, ops: dict[str, Row]) -> Iterator[Compared]:
@@ -325,13 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rows", action="store_true", help="print every row")
     chosen = options.parse_args(arguments)
     folder: Path = chosen.data
-    compared = [*layers(read(folder / "ops.csv")), *collectives(read(folder / "collectives.csv")), *messages()]
+    ops = read(folder / "ops.csv")
+    compared = [*layers(ops), *collectives(read(folder / "collectives.csv")), *messages()]
     if chosen.rows:
         each = [
             (r.kind, r.name, f"{1e3 * r.predicted:.3f}", f"{1e3 * r.measured:.3f}", f"{r.error:+.1%}") for r in compared
         ]
         print(table(("kind", "row", "predicted ms", "measured ms", "error"), each), end="\n\n")
-    print(report(compared))
+    print(f"{report(compared)}\n\n{reached_table(ops)}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ _FREE_OPS = frozenset(
 ) | {"enter", "yield", "branch", "barrier"}
 """Ops that are fused into their users, or only move a name."""
 
+_CONTRACTIONS = frozenset(f"stablehlo.{n}" for n in ("dot_general", "dot", "convolution"))
+"""Ops whose arithmetic counts; what others do takes as long as their elements take to arrive."""
+
 _PADDED = frozenset(f"stablehlo.{n}" for n in ("dot_general", "reduce", "broadcast_in_dim", "transpose", "add"))
 """Node ops that the partitioner splits correctly when dims do not divide. It gets slices, pads, updates, scatters and
 others wrong then (wrong numbers, or an abort), so those are split evenly or not at all."""
@@ -60,7 +63,8 @@ _COSTLY = frozenset(
 _WORK = {
     **dict.fromkeys(_COSTLY, 0.0),
     **{f"stablehlo.{n}": 0.0 for n in ("convert", "reshape", "transpose", "bitcast_convert")},
-    **{f"stablehlo.{n}": 4.0 for n in ("divide", "sqrt", "remainder")},
+    **{f"stablehlo.{n}": 4.0 for n in ("maximum", "minimum", "select", "compare")},
+    **{f"stablehlo.{n}": 8.0 for n in ("divide", "sqrt", "remainder")},
 }
 """Simple functions that an op amounts to, where it is not one."""
 
@@ -366,8 +370,10 @@ class _Builder:
         tensors = zip((*op.rule.operands, *op.rule.results), sizes, strict=True)
         nbytes = [_local_elements(dims, local, shape) * bits / 8 for dims, (shape, bits) in tensors]
         turned, row = _turned(op, local)
-        seconds = self.cost.kernel_s(op.flops * share, _touched(op.name, nbytes), dtype)
-        return seconds + self.cost.turn_s(turned, row * sizes[0][1] / 8)
+        touched = _touched(op.name, nbytes)
+        if op.name not in _CONTRACTIONS:
+            return self.cost.launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
+        return self.cost.kernel_s(op.flops * share, touched, dtype) + self.cost.turn_s(turned, row * sizes[0][1] / 8)
 
     def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
         node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
@@ -568,11 +574,12 @@ def _touched(name: str, nbytes: list[float]) -> float:
 
 
 def _turned(op: Op, local: list[int]) -> tuple[int, int]:
-    """Elements of a matmul's left side that are read by columns, and those of one row; 0, 0 if it is read as it lies.
+    """Elements of a left side that are read by columns, and those of one row; 0, 0 if it is read as it lies.
 
-    It is read by columns if it is contracted over another than its last dim, as in gradients of weights.
+    A matmul or a convolution reads it by columns if it is contracted over another than its last dim, as in gradients of
+    weights.
     """
-    if op.name != "stablehlo.dot_general":
+    if op.name not in _CONTRACTIONS:
         return 0, 0
     dims = [math.prod(local[f] for f in d) for d in op.rule.operands[0]]
     contracted = [k for k, d in enumerate(op.rule.operands[0]) if dims[k] > 1 and set(d) & op.rule.reduction]

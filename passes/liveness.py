@@ -1,8 +1,8 @@
 """When each tensor takes memory, and how often it goes through it: a model of what XLA's fusion leaves.
 
-A result of an element-wise op is materialized only if an op that can't be fused reads it, if the program
-returns it, or if it is costly and read twice. What is not materialized takes no memory, but keeps its inputs
-alive until it is read. Times are op numbers; the program is assumed to run in its own order.
+A result of an element-wise op is materialized only if an op that can't be fused reads it, if the program returns it,
+or if it is read twice and is costly, or this compiler computes nothing again. What is not materialized takes no memory,
+but keeps its inputs alive until it is read. Times are op numbers; the program is assumed to run in its own order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Liveness:
     """`donated` pairs arguments with the results that take their memory; `batch` are arguments with dim 0 the batch.
 
     `kept` are tensors that a part of the graph hands to another, compiled apart; `flying` are those of which several
-    exist at a time, one per micro-batch in flight.
+    exist at a time, one per micro-batch in flight. `computes_again` is that of the cost model.
     """
 
     graph: OpGraph
@@ -62,6 +62,7 @@ class Liveness:
     segments: Segments = field(default_factory=Segments)
     kept: frozenset[int] = frozenset()
     flying: Mapping[int, Flying] = field(default_factory=dict[int, Flying])
+    computes_again: bool = True
 
     @cached_property
     def waiting(self) -> frozenset[int]:
@@ -100,7 +101,14 @@ class Liveness:
         if not _fusible(op):
             return True
         readers = [self.graph.ops[u] for u, _ in self.graph.uses[tensor]]
-        return any(not _reads_in_fusion(r) for r in readers) or (op.name in _COSTLY and len(readers) > 1)
+        if any(not _reads_in_fusion(r) for r in readers):
+            return True
+        return len({r.id for r in readers}) > 1 and (op.name in _COSTLY or self._kept_for_readers(op))
+
+    def _kept_for_readers(self, op: Op) -> bool:
+        """Whether what several ops read is kept for them; what is made of scalars alone, and reshapes, cost nothing."""
+        free = op.name == "stablehlo.reshape" or all(not self.graph.tensors[t].shape for t in op.operands)
+        return not (self.computes_again or free)
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:

@@ -160,12 +160,13 @@ class MeshProblem:
         maker, reader = (self.composite.spans[piece] for piece in self.leaving[tensor])
         return Flying(count, maker[0], reader[1], self.micro)
 
-    def liveness(self, in_flight: Mapping[Held, int]) -> Liveness:
+    def liveness(self, cost: CostModel, in_flight: Mapping[Held, int]) -> Liveness:
         graph = self.composite.graph
         batch = [self.composite.arguments[v] for v in self.composite.arguments if self.status_dim(v) == 0]
         written = frozenset(pair for var, pair in self.replaced.items() if var in self.donated)
         flying = {t: self.flying(t, float(in_flight.get(h, 1))) for t, h in self.held.items()}
-        return Liveness(graph, written, frozenset(batch), self.composite.segments, self.kept, flying)
+        again = cost.computes_again
+        return Liveness(graph, written, frozenset(batch), self.composite.segments, self.kept, flying, again)
 
     def status_dim(self, var: Var) -> int:
         status = self.statuses.get(var)
@@ -187,7 +188,7 @@ class MeshProblem:
         """What there is to decide on the mesh of `cost`; remembered, as it is asked for with many prices of memory."""
         key = (cost, tuple(sorted(in_flight.items())))
         if key not in self.built:
-            liveness = self.liveness(in_flight)
+            liveness = self.liveness(cost, in_flight)
             shared = stock.of(cost) if stock else None
             self.built[key] = liveness, build(self.groups, cost, liveness, self.restrictions(), shared)
         return self.built[key]

@@ -66,7 +66,8 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
     start = time.perf_counter()
     graph = trace.graph
     groups = form_groups(graph, trace.stored)
-    liveness = Liveness(graph, _written_in_place(trace), frozenset(graph.arguments[i] for i in trace.batch))
+    batch = frozenset(graph.arguments[i] for i in trace.batch)
+    liveness = Liveness(graph, _written_in_place(trace), batch, computes_again=_computes_again(cluster))
     budget = method.memory_budget_bytes or float(cluster.device.memory_bytes)
     best: _Solved | None = None
     considered: list[Candidate] = []
@@ -98,6 +99,10 @@ def make_plan(trace: Trace, cluster: Cluster, method: Method) -> Plan:
         budget_bytes=budget,
     )
     return _write(trace, cluster, method, liveness, groups, best, report).verify()
+
+
+def _computes_again(cluster: Cluster) -> bool:
+    return RingCost(cluster, (cluster.num_devices,)).computes_again
 
 
 def _names_axes(method: Method) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["EMULATED_DEVICES", "threads_for"]
 
 EMULATED_DEVICES = 8
-_THREADS_PER_DEVICE = 4
+_THREADS_PER_DEVICE = 2
 
 
 def threads_for(devices: int) -> str:

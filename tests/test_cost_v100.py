@@ -201,7 +201,7 @@ def test_a_layer_of_another_size_than_the_fitted_one(
     assert found["layer, both"].measured == pytest.approx(1e-6 * sum(map(sum, LAYER_US.values())))
     monkeypatch.setattr("sys.argv", ["v100_fidelity", "--data", str(tmp_path)])
     fidelity.main()
-    kinds = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    kinds = [line.split("  ")[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]]
     groups = ["all collectives", "all layers", "all messages", "message across hosts", "message in a host"]
     assert sorted(set(kinds)) == sorted([*groups, "all-gather, unaligned", "all-reduce", *found])
 
@@ -218,3 +218,13 @@ def test_messages_and_scattered_sums_take_what_was_measured() -> None:
 def write(path: Path, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
+
+
+def test_kernels_of_a_whole_model_add_up_to_a_rate():
+    row = {"model": "gpt_350M", "micro_batch": "2", "tensor_parallel": "1", "algorithm": "0"}
+    ops = (("enc-a", 1e3, 2e3), ("enc-b", 3e3, 4e3), ("head", 5e3, 6e3))
+    rows = [row | {"op": op, "forward_us": str(f), "backward_us": str(b)} for op, f, b in ops]
+    flops = 96 * 4096 * 24 * 1024**2 * (1 + 2048 / (6 * 1024)) + 6 * 4096 * 1024 * 51200
+    seconds = 24 * (2 * 4e-3 + 6e-3) + 11e-3  # 24 layers, their forward passes twice, and the head
+    assert list(fidelity.reached(rows)) == [("350M", 2, 1, pytest.approx(flops / seconds))]
+    assert "45.1" in fidelity.reached_table(rows)

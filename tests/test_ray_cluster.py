@@ -343,8 +343,8 @@ def test_parts_of_hosts(span: tuple[int, int], parts: tuple[Part, ...]):
 
 
 def test_a_process_sees_its_part_of_a_host():
-    assert environment("cpu", 2, (), whole_host=False)["NPROC"] == "32"
-    assert environment("cpu", 16, (), whole_host=True)["NPROC"] == "64"
+    assert environment("cpu", 2, (), whole_host=False)["NPROC"] == "16"
+    assert environment("cpu", 16, (), whole_host=True)["NPROC"] == "32"
     cuda = environment("cuda", 2, ("4", "5"), whole_host=False)
     assert (cuda["CUDA_VISIBLE_DEVICES"], cuda["JAX_PLATFORMS"]) == ("4,5", "cuda,cpu")
     assert cuda["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"

@@ -43,10 +43,21 @@ def test_verdict_by_hand():
     found = regret.judge(rows, times)
     assert (found.candidates, found.best) == (4, "by hand")
     assert found.regret.median == pytest.approx(10 / 8 - 1)
+    assert found.by_hand is not None
+    assert found.by_hand.median == pytest.approx(0.8)
     assert found.measured_regret == pytest.approx(9 / 8 - 1)  # among those with predictions, the second is fastest
     assert found.rank == pytest.approx(0.5)
     assert found.time_error == pytest.approx(np.mean([10 / 15, 7.5 / 13.5, 22 / 30]))
     assert found.memory_error == pytest.approx(0.1)
+
+
+def test_luck_in_half_of_the_rounds_is_no_regret():
+    """Of equal plans each is fast in its own rounds; those say nothing of the others."""
+    times = np.ones((8, 3))
+    times[::2, 1] = times[1::2, 2] = 0.5
+    found = regret.judge([row(n, 1.0, 1.0) for n in ("chosen", "lucky", "lucky too")], times)
+    assert found.regret == Quartiles(0.0, 0.0, 0.0)
+    assert found.by_hand is None
 
 
 def test_plans_are_compared_within_rounds():
