@@ -166,10 +166,10 @@ class Profile:
 
     kernel_s: seconds that a kernel takes however little it does. simple_s and costly_s: seconds per element of an
     addition and the like, and of an exponential and the like, in element-wise kernels that memory does not slow down.
-    bytes_per_s: what kernels other than matmuls and convolutions read and write of arrays that caches hold.
+    bytes_per_s: what kernels other than matmuls and convolutions read and write.
     turned: bytes from one row to the next, powers of two, rising, each with the seconds per element that it takes to
-    read a matrix with such rows by its columns: a matmul's left side that is contracted over another than its last
-    dim, what an all-gather along the last dim sends, a transpose in front of an element-wise op.
+    read a matrix with such rows by its columns: the left side of a matmul or a convolution that is contracted over
+    another than its last dim, what an all-gather along the last dim sends, a transpose in front of an element-wise op.
     calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
     together into few calls where they don't wait for each other.
     """
@@ -397,7 +397,7 @@ class Cluster:
                 sources=tuple(data["sources"]),
                 small_groups=_pairs(data["small_groups"]),
                 exchange_groups=_pairs(data.get("exchange_groups", ())),
-                profile=_profile(data.get("profile")),
+                profile=_profile(data.get("profile"), device),
             )
         except ClusterError:
             raise
@@ -539,10 +539,11 @@ class Cluster:
         return _tpu("tpu-v5p", hosts, 4, _TPU_V5P, 90e9, "Google Cloud, 'TPU v5p': 459 TFLOP/s, 95 GiB, 2765 GB/s")
 
 
-def _profile(data: dict[str, Any] | None) -> Profile | None:
+def _profile(data: dict[str, Any] | None, device: dict[str, Any]) -> Profile | None:
+    """Files from before `bytes_per_s` was measured were priced by the memory's bandwidth."""
     if data is None:
         return None
-    figures = dict(data)
+    figures = {"bytes_per_s": device["memory_bandwidth_bytes_per_s"], **data}
     figures["turned"] = _pairs(data["turned"])
     figures["calls"] = tuple(CallTime(**call) for call in data["calls"])
     figures["joined"] = tuple(data["joined"])

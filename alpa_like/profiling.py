@@ -37,7 +37,7 @@ _TURNED_ROWS = (2**9, 2**10, 2**11, 2**12, 2**13)
 
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
 
-_COLLECTIVES_IN_A_ROW, _PAIRS = 12, 7
+_COLLECTIVES_IN_A_ROW, _PAIRS = 8, 7
 """Collectives of a run, and pairs of runs with and without them."""
 
 _TYPICAL_RUNS = 7
@@ -145,11 +145,9 @@ def _turned_s(mesh: Mesh, row_bytes: int) -> float:
     return max(0.0, turned - plain) / (_TIMES * rows * width)
 
 
-def _seconds(
-    mesh: Mesh, step: _Step, rows: int, width: int, names: tuple[str, ...] = ("devices",), *, typical: bool = False
-) -> float:
+def _seconds(mesh: Mesh, step: _Step, rows: int, width: int, *, typical: bool = False) -> float:
     """Seconds of a step on an array [rows, width] on each device: the least, or those of a typical run."""
-    run, x = _ready(mesh, step, rows, width, names, 0.5)
+    run, x = _ready(mesh, step, rows, width, ("devices",), 0.5)
     return _typical(_times(run, x, 1, _TYPICAL_RUNS)) if typical else fastest(run, x)
 
 
@@ -204,26 +202,33 @@ def _calls_among(mesh: Mesh, members: int) -> list[CallTime]:
     """Every kind among so many members, by a small and a large buffer; the matmuls in between are measured too."""
     groups = Mesh(mesh.devices.reshape(-1, members), ("groups", "members"))
 
-    def ready(step: _Step, nbytes: int) -> tuple[_Step, jax.Array]:
-        # Rows and columns must both be multiples of the members.
-        rows, width = 4 * members, nbytes // 4 // (4 * members) // members * members
-        return _ready(groups, partial(_among_matmuls, step), rows, width, ("groups", "members"), 0.5)
+    shapes = [_buffer_shape(nbytes, members) for nbytes in _BUFFERS]
 
-    alone = {nbytes: ready(_nothing, nbytes) for nbytes in _BUFFERS}
+    def ready(step: _Step, shape: tuple[int, int]) -> tuple[_Step, jax.Array]:
+        return _ready(groups, partial(_among_matmuls, step), *shape, ("groups", "members"), 0.5)
 
-    def extra(step: Callable[[int, jax.Array], jax.Array], nbytes: int) -> float:
+    alone = {shape: ready(_nothing, shape) for shape in shapes}
+
+    def extra(step: Callable[[int, jax.Array], jax.Array], shape: tuple[int, int]) -> float:
         """Seconds of one collective."""
-        return max(1e-9, _paired(ready(partial(step, members), nbytes), alone[nbytes])) / _COLLECTIVES_IN_A_ROW
+        return max(1e-9, _paired(ready(partial(step, members), shape), alone[shape])) / _COLLECTIVES_IN_A_ROW
 
+    sizes = [4.0 * rows * width for rows, width in shapes]
     return [
-        _fitted(kind, members, *(extra(step, nbytes) for nbytes in _BUFFERS)) for kind, step in _COLLECTIVES.items()
+        _fitted(kind, members, sizes, [extra(step, shape) for shape in shapes]) for kind, step in _COLLECTIVES.items()
     ]
 
 
-def _fitted(kind: str, members: int, small: float, large: float) -> CallTime:
-    """seconds = latency + bytes of the buffer / bandwidth, through the times of the two buffers."""
-    inverse = max(large - small, 1e-12) / (_BUFFERS[1] - _BUFFERS[0])
-    latency = max(0.0, small - inverse * _BUFFERS[0])
+def _buffer_shape(nbytes: int, members: int) -> tuple[int, int]:
+    """Rows and columns of floats, about so many bytes; both must be multiples of the members."""
+    rows = 4 * members
+    return rows, max(1, nbytes // 4 // rows // members) * members
+
+
+def _fitted(kind: str, members: int, sizes: list[float], seconds: list[float]) -> CallTime:
+    """seconds = latency + bytes of the buffer / bandwidth, through the times of a small and a large buffer."""
+    inverse = max(seconds[1] - seconds[0], 1e-12) / (sizes[1] - sizes[0])
+    latency = max(0.0, seconds[0] - inverse * sizes[0])
     return CallTime(kind, members, rounded(latency), rounded(1 / inverse))
 
 

@@ -1,7 +1,7 @@
 """Plans of one model that can be run here: ours, those by hand, and random ones that the solver completes.
 
-A candidate is compiled for the emulated devices of this process. Ours are planned for `Cluster.local()`, so they have
-predictions; plans by hand (`benchmarks.experts`) have none.
+A candidate is compiled for the emulated devices of this process. Ours are planned for what was measured of these, so
+they have predictions; plans by hand (`benchmarks.experts`) have none.
 """
 
 from __future__ import annotations

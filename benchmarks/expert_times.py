@@ -2,7 +2,7 @@
 
 All plans of a model run in turns in one process, on 8 emulated devices. The figure is the median over the rounds of
 the ratio of two steps of one round, a plan by hand over ours, with its quartiles: above 1 our plan is faster. A plan by
-hand is called faster where three of four rounds say so. Ours is planned for `Cluster.local()`, as measured.
+hand is called faster where three of four rounds say so. Ours is planned for what is measured of the devices before.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import alpa_like as alpa
+from alpa_like.calibrate import measure
 from benchmarks.candidates import DEVICES, MODELS, Candidate, by_hand, chosen
 from benchmarks.common import mesh_text, mib, parser, ratio, table
 from benchmarks.paired import Clock, Quartiles, Seconds, keep_freed_memory, quartiles, time_in_turns
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     keep_freed_memory()
     alpa.init(num_devices=DEVICES)
-    cluster, lines, records = alpa.Cluster.local(recalibrate=True), list[tuple[str, ...]](), dict[str, Any]()
+    cluster, lines, records = measure(jax.devices()), list[tuple[str, ...]](), dict[str, Any]()
     for model in options.models:
         start, task = time.perf_counter(), MODELS[model]()
         ours = chosen(task, cluster)

@@ -29,10 +29,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
 import alpa_like as alpa
+from alpa_like.calibrate import measure
 from benchmarks.candidates import DEVICES, MODELS, Candidate, by_hand, chosen, ours, random_plans
 from benchmarks.common import mib, parser, table
 from benchmarks.expert_times import add_options, check_options
@@ -133,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     keep_freed_memory()
     alpa.init(num_devices=DEVICES)
-    cluster, found = alpa.Cluster.local(recalibrate=True), dict[str, tuple[list[Row], Verdict]]()
+    cluster, found = measure(jax.devices()), dict[str, tuple[list[Row], Verdict]]()
     for model in options.models:
         start = time.perf_counter()
         found[model] = _measure(model, cluster, options)

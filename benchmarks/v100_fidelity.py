@@ -230,14 +230,16 @@ def read(path: Path) -> list[Row]:
 
 
 def measured_models(rows: Iterable[Row]) -> Iterator[tuple[str, int, int, dict[str, Row]]]:
-    """Model, micro-batch, tensor-parallel degree and all operators of what ran without a failure."""
+    """Model, micro-batch, tensor-parallel degree and operators of each measured GPT."""
     found: defaultdict[tuple[str, int, int], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["algorithm"] == "0" and "gpt" in row["model"]:
             found[row["model"], int(row["micro_batch"]), int(row["tensor_parallel"])][row["op"]] = row
-    for (model, batch, parts), ops in found.items():
-        if all(float(r["forward_us"]) < FAILED and float(r["backward_us"]) < FAILED for r in ops.values()):
-            yield model, batch, parts, ops
+    yield from ((*key, ops) for key, ops in found.items())
+
+
+def ran(ops: dict[str, Row]) -> bool:
+    return all(float(r["forward_us"]) < FAILED and float(r["backward_us"]) < FAILED for r in ops.values())
 
 
 def in_layer(op: str) -> bool:
@@ -248,14 +250,16 @@ def in_layer(op: str) -> bool:
 def layers(rows: Iterable[Row]) -> Iterator[Compared]:
     """Forward, backward and both of each measured GPT layer; other operators and failed runs are left out."""
     for model, batch, parts, ops in measured_models(rows):
-        yield from layer(model, batch, parts, {op: row for op, row in ops.items() if in_layer(op)})
+        mine = {op: row for op, row in ops.items() if in_layer(op)}
+        if ran(mine):
+            yield from layer(model, batch, parts, mine)
 
 
 def reached(rows: Iterable[Row]) -> Iterator[tuple[str, int, int, float]]:
     """Model, micro-batch, GPUs, and the FLOP/s per GPU, as Alpa counts them, that the measured operators add up to."""
     for model, batch, parts, ops in measured_models(rows):
         size = model.removeprefix("gpt_").replace("_", ".")
-        if size in PUBLISHED["gpt"]:
+        if size in PUBLISHED["gpt"] and ran(ops):
             config = replace(paper_gpt_config(size), seq_len=SEQUENCE)
             repeats = {op: config.num_layers if in_layer(op) else 1 for op in ops}
             seconds = 1e-6 * sum(

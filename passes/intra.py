@@ -7,7 +7,7 @@ Nodes
 
 Costs, in seconds of one step
     group      memory traffic of the element-wise ops in it, by elements per device
-    op         roofline of one device's share, padding included; work that is not split is done by all
+    op         seconds of one device's share, padding included; work that is not split is done by all
     op–group   reshard between what the strategy needs (or makes, partial sums included) and the layout
     copy       reshard between two versions of one tensor. A shared copy never takes less memory than its
                source (its readers slice for themselves), so what it takes more is a difference of two terms
@@ -49,7 +49,7 @@ _FREE_OPS = frozenset(
 """Ops that are fused into their users, or only move a name."""
 
 _CONTRACTIONS = frozenset(f"stablehlo.{n}" for n in ("dot_general", "dot", "convolution"))
-"""Ops whose arithmetic counts; what others do takes as long as their elements take to arrive."""
+"""Ops at the rate of matmuls; all others are priced like element-wise work."""
 
 _PADDED = frozenset(f"stablehlo.{n}" for n in ("dot_general", "reduce", "broadcast_in_dim", "transpose", "add"))
 """Node ops that the partitioner splits correctly when dims do not divide. It gets slices, pads, updates, scatters and
@@ -495,7 +495,7 @@ class _Builder:
         return found
 
     def copied(self, strategies: list[list[State]], first: int) -> list[Usage]:
-        """Memory of the left sides of matmuls that are copied to be read by their columns."""
+        """Memory of the left sides of contractions that are copied to be read by their columns."""
         if not self.cost.copies_turned:
             return []
         found: list[Usage] = []

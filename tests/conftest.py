@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # XLA's CPU thread pool starves, and collectives deadlock, when it has fewer threads than queued device programs.
-os.environ.setdefault("NPROC", "64")
+os.environ.setdefault("NPROC", "16")  # as `alpa.init` has it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Ray reads this when it is imported. It means: this machine only, so that all is on 127.0.0.1.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
