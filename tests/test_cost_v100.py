@@ -228,3 +228,5 @@ def test_kernels_of_a_whole_model_add_up_to_a_rate():
     seconds = 24 * (2 * 4e-3 + 6e-3) + 11e-3  # 24 layers, their forward passes twice, and the head
     assert list(fidelity.reached(rows)) == [("350M", 2, 1, pytest.approx(flops / seconds))]
     assert "45.1" in fidelity.reached_table(rows)
+    failed = rows[2] | {"forward_us": "1e9"}  # a head that ran out of memory
+    assert not list(fidelity.reached([*rows[:2], failed]))
