@@ -9,10 +9,11 @@ quartile of a few, and for collectives the median of pairs of runs with and with
                          reach in a step through dense layers
     memory bandwidth     an element-wise op on an array that no cache holds
     link                 all-reduces of several sizes over all devices, fitted to the formula for rings
-    profile              what a kernel takes at least; simple and costly element-wise functions, and the bytes that they
-                         read and write; an array that is read by its columns; every kind of collective among 2, 4, …
-                         devices, as a latency and a bandwidth of its own (emulated devices only: these meet in shared
-                         memory, without a ring)
+    profile              what a kernel takes at least, and one of the library; simple and costly element-wise functions,
+                         and the bytes that they read and write; what matmuls read and write beside their arithmetic,
+                         and what they take longer to read by columns; every kind of collective among 2, 4, … devices,
+                         as latencies and a bandwidth of its own (emulated devices only: these meet in shared memory,
+                         without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one
 for each platform, kind and number of devices, jaxlib version and number of CPUs. A file that can't be read is measured
@@ -28,7 +29,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,16 +39,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.version import __version__ as jaxlib_version
 
-from alpa_like.cluster import Cluster, Device, Link, Profile
+from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import ClusterError
-from alpa_like.profiling import dense_flops, fastest, profile_of, rounded
+from alpa_like.profiling import fastest, profile_of, reached, rounded
 
 __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 4
+_FORMAT = 5
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}
@@ -188,13 +189,18 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
     mesh = Mesh(np.array(devices), ("devices",))
     sizes = _sizes(platform, len(devices))
     bandwidth, peaks = _memory_bandwidth(mesh, sizes), _matmul_flops(mesh, sizes, platform)
-    profile = profile_of(mesh) if platform == "cpu" and len(devices) > 1 else None
+    profile, efficiency = None, 1.0
+    if platform == "cpu" and len(devices) > 1:
+        profile = profile_of(mesh)
+        flops_per_s, bytes_per_s = (rounded(rate) for rate in reached(mesh, profile))
+        profile = replace(profile, operand_bytes_per_s=bytes_per_s)
+        peaks, efficiency = _of_peak(peaks[0][1], flops_per_s)
     device = Device(
         name=kind,
         peak_flops=peaks,
         memory_bytes=_memory_bytes(devices),
         memory_bandwidth_bytes_per_s=bandwidth,
-        flops_efficiency=_efficiency(mesh, profile, bandwidth, dict(peaks)["float32"]),
+        flops_efficiency=efficiency,
         exposed=float(platform == "cpu"),  # cores wait for what they read
     )
     link = _all_reduce_link(mesh, sizes) if len(devices) > 1 else Link(bandwidth, _LONE_LATENCY_S)
@@ -204,9 +210,9 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
     return cluster
 
 
-def _efficiency(mesh: Mesh, profile: Profile | None, bandwidth: float, peak: float) -> float:
-    """The share of a large matmul's rate that steps reach: all of it, but for emulated devices."""
-    return min(1.0, rounded(dense_flops(mesh, profile, bandwidth) / peak)) if profile else 1.0
+def _of_peak(peak: float, reached: float) -> tuple[tuple[tuple[str, float], ...], float]:
+    """The peak, and the share of it that matmuls reach in steps; the large one of the peak may have been the slower."""
+    return (("float32", max(peak, reached)),), min(1.0, rounded(reached / peak))
 
 
 def _seconds_per_call(step: Callable[[jax.Array], jax.Array], x: jax.Array, sizes: _Sizes) -> float:

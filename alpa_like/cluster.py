@@ -144,13 +144,15 @@ class Link:
 class CallTime:
     """A collective among `members` devices of a host takes `latency_s`, plus its buffer at `bytes_per_s`.
 
-    The buffer is the one that `cost.ring_bytes` takes. All groups of the host communicate at once.
+    The buffer is the one that `cost.ring_bytes` takes. All groups of the host communicate at once. `queued_s` takes the
+    place of `latency_s` for one of many that the devices run in a row, as they gather parameters; None: it is the same.
     """
 
     kind: str
     members: int
     latency_s: float
     bytes_per_s: float
+    queued_s: float | None = None
 
     def __post_init__(self) -> None:
         where = f"the time of {self.kind!r}"
@@ -158,18 +160,21 @@ class CallTime:
         _check_count(f"{where}: members", self.members)
         _check_positive(f"{where}: latency_s", self.latency_s, or_zero=True)
         _check_positive(f"{where}: bytes_per_s", self.bytes_per_s)
+        if self.queued_s is not None:
+            _check_positive(f"{where}: queued_s", self.queued_s, or_zero=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """What was measured on devices of peaks and rings don't tell; without it these are all that is known.
 
-    kernel_s: seconds that a kernel takes however little it does. simple_s and costly_s: seconds per element of an
+    kernel_s: seconds that a kernel takes however little it does; library_s: what one takes that the compiler doesn't
+    write itself, which are contractions and reductions. simple_s and costly_s: seconds per element of an
     addition and the like, and of an exponential and the like, in element-wise kernels that memory does not slow down.
-    bytes_per_s: what kernels other than matmuls and convolutions read and write.
-    turned: bytes from one row to the next, powers of two, rising, each with the seconds per element that it takes to
-    read a matrix with such rows by its columns: the left side of a matmul or a convolution that is contracted over
-    another than its last dim, what an all-gather along the last dim sends, a transpose in front of an element-wise op.
+    bytes_per_s: what kernels other than matmuls and convolutions read and write, copies into another order among them.
+    operand_bytes_per_s: what contractions read and write beside their arithmetic, which includes bringing operands into
+    blocks; None: the memory's bandwidth. columns_s: seconds per element of both sides that a matmul takes longer if it
+    reads its left side by columns.
     calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
     together into few calls where they don't wait for each other.
     """
@@ -178,33 +183,21 @@ class Profile:
     simple_s: float
     costly_s: float
     bytes_per_s: float
-    turned: tuple[tuple[int, float], ...] = ()
+    library_s: float = 0.0
+    operand_bytes_per_s: float | None = None
+    columns_s: float = 0.0
     calls: tuple[CallTime, ...] = ()
     joined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what in ("kernel_s", "simple_s", "costly_s"):
+        for what in ("kernel_s", "simple_s", "costly_s", "library_s", "columns_s"):
             _check_positive(f"a profile's {what}", getattr(self, what), or_zero=True)
         _check_positive("a profile's bytes_per_s", self.bytes_per_s)
-        rows = [row for row, _ in self.turned]
-        if rows != sorted(set(rows)) or any(row < 1 or row & (row - 1) for row in rows):
-            raise ClusterError(f"a profile's turned must list rising powers of two of bytes, found {rows}")
-        for row, seconds in self.turned:
-            _check_positive(f"a profile's turned: the seconds for rows of {row} bytes", seconds, or_zero=True)
+        if self.operand_bytes_per_s is not None:
+            _check_positive("a profile's operand_bytes_per_s", self.operand_bytes_per_s)
         found = [(call.kind, call.members) for call in self.calls]
         if found != sorted(set(found)):
             raise ClusterError(f"a profile's calls must be sorted by kind and members, each once, found {found}")
-
-    def turn_s(self, row_bytes: float) -> float:
-        """Seconds per element to read a matrix by its columns whose rows are `row_bytes` apart.
-
-        The elements of a column lie in few sets of the caches if that distance is a multiple of a large power of two,
-        so the largest one that divides it decides.
-        """
-        if not self.turned:
-            return 0.0
-        power = int(row_bytes) & -int(row_bytes)
-        return next((s for row, s in reversed(self.turned) if row <= power), self.turned[0][1])
 
     def call(self, kind: str, members: int) -> CallTime | None:
         """The entry of this kind with the most members that the group has, else of the fewest."""
@@ -540,11 +533,11 @@ class Cluster:
 
 
 def _profile(data: dict[str, Any] | None, device: dict[str, Any]) -> Profile | None:
-    """Files from before `bytes_per_s` was measured were priced by the memory's bandwidth."""
+    """Older files have no `bytes_per_s`, where the memory's bandwidth stands in, or `turned`, which priced copies."""
     if data is None:
         return None
     figures = {"bytes_per_s": device["memory_bandwidth_bytes_per_s"], **data}
-    figures["turned"] = _pairs(data["turned"])
+    figures.pop("turned", None)
     figures["calls"] = tuple(CallTime(**call) for call in data["calls"])
     figures["joined"] = tuple(data["joined"])
     return Profile(**figures)

@@ -53,13 +53,17 @@ class CostModel(Protocol):
         """Seconds of a matmul or a convolution, which are kernels of their own."""
         ...
 
-    def turn_s(self, elements: float, row_bytes: float) -> float:
-        """Seconds that it takes longer to read a matrix by its columns; its rows are `row_bytes` apart."""
+    def columns_s(self, elements: float) -> float:
+        """Seconds that a matmul takes longer that reads its left side by columns; `elements` of both sides."""
+        ...
+
+    def copy_s(self, nbytes: float) -> float:
+        """Seconds to bring so many bytes into another order, which a contraction or a collective needs; 0 if none."""
         ...
 
     @property
-    def copies_turned(self) -> bool:
-        """Whether what is read by its columns is first copied."""
+    def copies(self) -> bool:
+        """Whether operands of contractions that lie in another order are copied."""
         ...
 
     @property
@@ -75,6 +79,11 @@ class CostModel(Protocol):
     @property
     def launch_s(self) -> float:
         """Seconds that a kernel takes however little it does."""
+        ...
+
+    @property
+    def library_s(self) -> float:
+        """The same of contractions and reductions."""
         ...
 
     def collective_s(self, kind: str, nbytes: float, axes: tuple[int, ...], *, combined: bool) -> float:
@@ -124,14 +133,20 @@ class RingCost:
         return max(memory, work) + self.cluster.device.exposed * min(memory, work)
 
     def kernel_s(self, flops: float, nbytes: float, dtype: str) -> float:
-        return self.launch_s + self.compute_s(flops, nbytes, dtype)
+        profile = self.cluster.profile
+        if not profile or profile.operand_bytes_per_s is None:
+            return self.library_s + self.compute_s(flops, nbytes, dtype)
+        return self.library_s + self.compute_s(flops, 0.0, dtype) + nbytes / profile.operand_bytes_per_s
 
-    def turn_s(self, elements: float, row_bytes: float) -> float:
-        return elements * self.cluster.profile.turn_s(row_bytes) if self.cluster.profile else 0.0
+    def columns_s(self, elements: float) -> float:
+        return elements * self.cluster.profile.columns_s if self.cluster.profile else 0.0
+
+    def copy_s(self, nbytes: float) -> float:
+        return 2 * nbytes / self.cluster.profile.bytes_per_s if self.cluster.profile else 0.0
 
     @property
-    def copies_turned(self) -> bool:
-        return self.cluster.profile is not None and bool(self.cluster.profile.turned)
+    def copies(self) -> bool:
+        return self.cluster.profile is not None
 
     @property
     def computes_again(self) -> bool:
@@ -139,11 +154,15 @@ class RingCost:
 
     @property
     def joins_reductions(self) -> bool:
-        return self.cluster.profile is not None and self.emitted("reduce-scatter") in self.cluster.profile.joined
+        return self._joined(self.emitted("reduce-scatter"))
 
     @property
     def launch_s(self) -> float:
         return self.cluster.profile.kernel_s if self.cluster.profile else 0.0
+
+    @property
+    def library_s(self) -> float:
+        return self.cluster.profile.library_s if self.cluster.profile else 0.0
 
     def collective_s(self, kind: str, nbytes: float, axes: tuple[int, ...], *, combined: bool) -> float:
         members = math.prod(self.mesh_shape[a] for a in axes)
@@ -151,13 +170,21 @@ class RingCost:
             return 0.0
         kind = self.emitted(kind)
         if self.cluster.profile and (call := _call(self.cluster, kind, self.mesh_shape, axes)):
-            waits = not combined or kind not in self.cluster.profile.joined
-            return waits * call.latency_s + nbytes / call.bytes_per_s
+            return self._waiting_s(call, combined) + nbytes / call.bytes_per_s
         link = (_exchange_link if kind == "all-to-all" else _link)(self.cluster, self.mesh_shape, axes)
         rounds = 2 if kind == "all-reduce" else 1
         sent = ring_bytes(kind, nbytes, members)
         latency = 0.0 if combined else rounds * (members - 1) * link.latency_s
         return latency + sent / link.bandwidth_bytes_per_s
+
+    def _waiting_s(self, call: CallTime, combined: bool) -> float:
+        """What a measured collective takes however small it is; those that are joined share it with others."""
+        if combined and self._joined(call.kind):
+            return 0.0
+        return call.latency_s if call.queued_s is None or not combined else call.queued_s
+
+    def _joined(self, kind: str) -> bool:
+        return self.cluster.profile is not None and kind in self.cluster.profile.joined
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,8 @@
 
 Every program runs on all devices and does its work several times, so that one dispatch is shared by all of it. Matmuls
 and collectives are measured as a train step has them, one among the other: devices that share cores don't arrive at a
-collective together, and what a matmul reads was last used long ago. Alone, both take about two thirds of that.
+collective together, and what a matmul reads was last used long ago. Alone, both take about two thirds of that, and so
+do collectives in a row, by which a step gathers its parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alpa_like.cluster import CallTime, Profile
 
-__all__ = ["dense_flops", "fastest", "profile_of", "rounded"]
+__all__ = ["fastest", "profile_of", "reached", "rounded"]
 
 _Step = Callable[[jax.Array], jax.Array]
+_Ready = tuple[_Step, jax.Array]
 
 _ROWS, _WIDTH = 128, 1024
 """Elements of a device's array in element-wise work: half a MiB, which caches hold."""
@@ -32,18 +34,25 @@ _LARGE_ROWS = 1024
 _BUFFERS = (2**12, 2**21)
 """Bytes of the buffers of collectives: one that shows the latency, one that shows the bandwidth."""
 
-_TURNED_ROWS = (2**9, 2**10, 2**11, 2**12, 2**13)
-"""Bytes from one row to the next of the matrices that are read by columns; caches don't tell longer ones apart."""
+_SMALL = (8, 64)
+"""A matmul of so many rows and columns on each device takes no time but to start."""
+
+_COLUMNS = (1024, 256)
+"""Rows and columns of both sides of the matmul that reads its left side by columns."""
 
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
 
 _COLLECTIVES_IN_A_ROW, _PAIRS = 8, 7
 """Collectives of a run, and pairs of runs with and without them."""
 
-_TYPICAL_RUNS = 7
+_BETWEEN = 256
+"""Rows and columns of the matmuls between collectives."""
+
+_TYPICAL_RUNS = 11
 """Runs of what is measured as in a step, where not the fastest one counts, since steps are no faster than most."""
 
-_DENSE_LAYERS, _DENSE_ROWS, _DENSE_WIDTH = 8, 256, 512
+_DENSE, _DENSE_LENGTH = ((64, 512, 16), (512, 1024, 2)), 32
+"""Rows, width and number of the dense layers of train steps; length of their sequences."""
 
 _JOINED = ("all-reduce",)
 """XLA's CPU backend combines all-reduces, and no other collective."""
@@ -71,19 +80,20 @@ def _times(step: Callable[..., Any], x: Any, calls: int, runs: int) -> list[floa
     return times
 
 
-def _paired(one: tuple[_Step, jax.Array], other: tuple[_Step, jax.Array]) -> float:
+def _once(step: Callable[..., Any], x: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(step(x))
+    return time.perf_counter() - start
+
+
+def _paired(one: _Ready, other: _Ready) -> float:
     """By how many seconds one step is longer than another: the median of pairs of runs that are close in time."""
 
-    def seconds(step: _Step, x: jax.Array) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(step(x))
-        return time.perf_counter() - start
-
-    return statistics.median([seconds(*one) - seconds(*other) for _ in range(_PAIRS + 1)][1:])
+    return statistics.median([_once(*one) - _once(*other) for _ in range(_PAIRS + 1)][1:])
 
 
 def profile_of(mesh: Mesh) -> Profile:
-    """The profile of the devices of a mesh of one axis."""
+    """The profile of the devices of a mesh of one axis, without what `reached` tells of contractions."""
     empty = _seconds(mesh, lambda x: x, 8, 8)
     many = _seconds(mesh, partial(_repeat, lambda x: jnp.sin(x) + 1, _KERNELS), 8, 8)
     kernel_s = max(0.0, many - empty) / _KERNELS
@@ -95,7 +105,9 @@ def profile_of(mesh: Mesh) -> Profile:
         rounded(max(0.0, simple) / elements / 16),
         rounded(max(0.0, costly) / elements / 2),
         rounded(_bytes_per_s(mesh, empty)),
-        tuple((row, rounded(_turned_s(mesh, row))) for row in _TURNED_ROWS),
+        rounded(max(0.0, _seconds(mesh, partial(_repeat, _product, _KERNELS), *_SMALL) - empty) / _KERNELS),
+        None,
+        rounded(_columns_s(mesh)),
         tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
         _JOINED,
     )
@@ -128,21 +140,27 @@ def _bytes_per_s(mesh: Mesh, empty: float) -> float:
     return _TIMES * 2 * 4 * _LARGE_ROWS * _WIDTH / max(seconds, 1e-9)
 
 
-def _turned_s(mesh: Mesh, row_bytes: int) -> float:
-    """Seconds per element of the left side of a matmul that it takes longer if it is read by its columns."""
-    rows, width, narrow = 256, row_bytes // 4, 32
+def _product(x: jax.Array) -> jax.Array:
+    """A matmul that is too small to take any time."""
+    return x @ jnp.full((x.shape[1], x.shape[1]), 1e-2, jnp.float32)
+
+
+def _columns_s(mesh: Mesh) -> float:
+    """Seconds per element of both sides that a matmul takes longer if it reads its left side by columns."""
+    rows, width = _COLUMNS
 
     def multiply(turn: bool, x: jax.Array) -> jax.Array:
-        w = x.reshape(rows, width)[:, :narrow] * 0.5
-        for number in range(_TIMES):
-            y = jax.lax.optimization_barrier(x * (number + 1.0))
-            y = jax.lax.optimization_barrier((y.T if turn else y) @ w)
+        w = x.reshape(rows, width) * 0.5
+        for _ in range(_TIMES):
+            y = jax.lax.optimization_barrier((x.T if turn else x) @ w)
             x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
         return x
 
-    turned = _seconds(mesh, partial(multiply, True), rows, width)
-    plain = _seconds(mesh, partial(multiply, False), width, rows)
-    return max(0.0, turned - plain) / (_TIMES * rows * width)
+    turned, plain = (
+        _ready(mesh, partial(multiply, t), *s, ("devices",), 0.5)
+        for t, s in ((True, _COLUMNS), (False, _COLUMNS[::-1]))
+    )
+    return max(0.0, _paired(turned, plain)) / (_TIMES * 2 * rows * width)
 
 
 def _seconds(mesh: Mesh, step: _Step, rows: int, width: int, *, typical: bool = False) -> float:
@@ -165,30 +183,53 @@ def _ready(
     return run, jnp.full((mesh.size * rows, width), value, jnp.float32, device=NamedSharding(mesh, spec))
 
 
-def dense_flops(mesh: Mesh, profile: Profile, bandwidth: float) -> float:
-    """FLOP/s per device of matmuls in a train step through dense layers, forward and backward.
+def reached(mesh: Mesh, profile: Profile) -> tuple[float, float]:
+    """FLOP/s and bytes/s per device of matmuls in a train step: seconds = FLOPs / FLOP/s + bytes / bytes/s.
 
-    Left out is what has a price of its own: to copy left sides, and to bring operands and results through the memory.
+    Fitted through a step with many and one with few FLOPs per byte.
     """
-    rows, width = _DENSE_ROWS, _DENSE_WIDTH
+    steps = [_dense_step(mesh, *shape) for shape in _DENSE]
+    # In turns, so that what else the machine does hits both alike.
+    times = [[_once(*step) for step in steps] for _ in range(_TYPICAL_RUNS + 1)]
+    layers = [
+        _alone(_typical([run[i] for run in times[1:]]) / depth, profile, rows, width)
+        for i, (rows, width, depth) in enumerate(_DENSE)
+    ]
+    terms = [(6 * rows * width**2, 3 * 4 * (2 * rows * width + width**2)) for rows, width, _ in _DENSE]
+    (flops, nbytes), (more_flops, more_bytes) = terms
+    determinant = flops * more_bytes - more_flops * nbytes
+    byte_s = (flops * layers[1] - more_flops * layers[0]) / determinant
+    # Noise may say that bytes, or all but them, take no time; each then gets a tenth.
+    share = min(0.9, max(0.1, byte_s * more_bytes / layers[1]))
+    return more_flops / ((1 - share) * layers[1]), more_bytes / (share * layers[1])
 
-    def loss(weights: list[jax.Array]) -> jax.Array:
-        y = weights[0][:rows]
-        for w in weights:
-            y = y @ w
-        return (y * y).sum()
+
+def _alone(seconds: float, profile: Profile, rows: int, width: int) -> float:
+    """Seconds of the three matmuls of a dense layer in a train step, without what has a price of its own.
+
+    That is to start them, to copy the left side of one, and to update the weights.
+    """
+    copied_and_updated = 4 * (2 * rows * width + 3 * width * width)
+    return max(0.1 * seconds, seconds - 3 * profile.library_s - copied_and_updated / profile.bytes_per_s)
+
+
+def _dense_step(mesh: Mesh, rows: int, width: int, depth: int) -> tuple[Callable[..., Any], Any]:
+    """A train step through dense layers, and their weights."""
 
     def step(weights: list[jax.Array]) -> list[jax.Array]:
-        return jax.tree.map(lambda w, g: w - 1e-9 * g, weights, jax.grad(loss)(weights))
+        """Gradients by hand: what `jax.grad` writes is transposed behind the matmul, which reads by columns then."""
+        values = [jnp.tile(weights[0], (-(-rows // width), 1))[:rows].reshape(-1, _DENSE_LENGTH, width)]
+        for w in weights:
+            values.append(values[-1] @ w)
+        gradient, updated = values.pop() * 1e-3, list[jax.Array]()
+        for w, x in zip(reversed(weights), reversed(values), strict=True):
+            updated.append(w - 1e-9 * jnp.einsum("bsi,bsj->ij", x, gradient))
+            gradient = gradient @ w.T
+        updated[-1] += 1e-9 * gradient[0, 0]  # or the last gradient is made for nothing, and left out
+        return updated[::-1]
 
     run, weight = _ready(mesh, step, width, width, ("devices",), 1 / width)
-    seconds = _typical(_times(run, [weight] * _DENSE_LAYERS, 1, 2 * _TYPICAL_RUNS)) / _DENSE_LAYERS
-    others = (
-        rows * width * profile.turn_s(4 * width),
-        3 * 4 * (2 * rows * width + width * width) / bandwidth,  # three matmuls
-        3 * 4 * width * width / profile.bytes_per_s,  # the update
-    )
-    return 6 * rows * width * width / max(seconds - sum(others), 0.1 * seconds)
+    return run, [weight] * depth
 
 
 def _calls(mesh: Mesh) -> list[CallTime]:
@@ -199,24 +240,28 @@ def _calls(mesh: Mesh) -> list[CallTime]:
 
 
 def _calls_among(mesh: Mesh, members: int) -> list[CallTime]:
-    """Every kind among so many members, by a small and a large buffer; the matmuls in between are measured too."""
+    """Every kind among so many members: a small and a large buffer among matmuls, the small one without them too.
+
+    Devices that share cores come to a collective at other times, the more work lies before it. So one that the step
+    waits for takes longer than one of many in a row.
+    """
     groups = Mesh(mesh.devices.reshape(-1, members), ("groups", "members"))
 
     shapes = [_buffer_shape(nbytes, members) for nbytes in _BUFFERS]
 
-    def ready(step: _Step, shape: tuple[int, int]) -> tuple[_Step, jax.Array]:
-        return _ready(groups, partial(_among_matmuls, step), *shape, ("groups", "members"), 0.5)
+    def ready(step: _Step, shape: tuple[int, int], around: Callable[[_Step, jax.Array], jax.Array]) -> _Ready:
+        return _ready(groups, partial(around, step), *shape, ("groups", "members"), 0.5)
 
-    alone = {shape: ready(_nothing, shape) for shape in shapes}
+    cases = [(shapes[0], _among_matmuls), (shapes[1], _among_matmuls), (shapes[0], _in_a_row)]
+    alone = [ready(_nothing, *case) for case in cases]
 
-    def extra(step: Callable[[int, jax.Array], jax.Array], shape: tuple[int, int]) -> float:
-        """Seconds of one collective."""
-        return max(1e-9, _paired(ready(partial(step, members), shape), alone[shape])) / _COLLECTIVES_IN_A_ROW
+    def extra(step: Callable[[int, jax.Array], jax.Array]) -> list[float]:
+        """Seconds of one collective in each case."""
+        pairs = [(ready(partial(step, members), *case), other) for case, other in zip(cases, alone, strict=True)]
+        return [max(1e-9, _paired(*pair)) / _COLLECTIVES_IN_A_ROW for pair in pairs]
 
     sizes = [4.0 * rows * width for rows, width in shapes]
-    return [
-        _fitted(kind, members, sizes, [extra(step, shape) for shape in shapes]) for kind, step in _COLLECTIVES.items()
-    ]
+    return [_fitted(kind, members, sizes, extra(step)) for kind, step in _COLLECTIVES.items()]
 
 
 def _buffer_shape(nbytes: int, members: int) -> tuple[int, int]:
@@ -226,19 +271,27 @@ def _buffer_shape(nbytes: int, members: int) -> tuple[int, int]:
 
 
 def _fitted(kind: str, members: int, sizes: list[float], seconds: list[float]) -> CallTime:
-    """seconds = latency + bytes of the buffer / bandwidth, through the times of a small and a large buffer."""
+    """seconds = latency + bytes of the buffer / bandwidth, through the times of a small and a large buffer.
+
+    The third time is that of the small one in a row.
+    """
     inverse = max(seconds[1] - seconds[0], 1e-12) / (sizes[1] - sizes[0])
     latency = max(0.0, seconds[0] - inverse * sizes[0])
-    return CallTime(kind, members, rounded(latency), rounded(1 / inverse))
+    queued = min(latency, max(0.0, seconds[2] - inverse * sizes[0]))
+    return CallTime(kind, members, rounded(latency), rounded(1 / inverse), rounded(queued))
 
 
 def _among_matmuls(collective: _Step, x: jax.Array) -> jax.Array:
-    y = jnp.full((_DENSE_ROWS, _DENSE_ROWS), 1e-3, jnp.float32)
+    y = jnp.full((_BETWEEN, _BETWEEN), 1e-3, jnp.float32)
     for _ in range(_COLLECTIVES_IN_A_ROW):
         y, x = jax.lax.optimization_barrier((y + x[0, 0], x))
         x, y = jax.lax.optimization_barrier((x, y @ y))
         x = collective(jax.lax.dynamic_update_slice(x, y[:1, :1], (0, 0)))
     return x
+
+
+def _in_a_row(collective: _Step, x: jax.Array) -> jax.Array:
+    return _repeat(collective, _COLLECTIVES_IN_A_ROW, x)
 
 
 def _nothing(x: jax.Array) -> jax.Array:

@@ -106,21 +106,21 @@ def ours(task: Task, cluster: alpa.Cluster) -> Iterator[Candidate]:
 
 
 def random_plans(task: Task, cluster: alpa.Cluster, count: int, seed: int = 0) -> Iterator[Candidate]:
-    """Plans with random layouts for about a third of the state; the solver chooses what is best given these."""
+    """Plans with random layouts for about a third of the parameters, and in turn for all; the solver does the rest."""
     rng = random.Random(seed)
     state = jax.eval_shape(task.init)
     methods: list[tuple[str, Any]] = []
     for number in range(count):
-        mesh = MESHES[number % len(MESHES)]
-        layouts = jax.tree.map(lambda leaf, mesh=mesh: _random_spec(leaf.shape, mesh, rng), state.params)
+        mesh, share = MESHES[number % len(MESHES)], 1 if number % 2 else 1 / 3
+        layouts = jax.tree.map(lambda leaf, m=mesh, s=share: _random_spec(leaf.shape, m, s, rng), state.params)
         specs = jax.tree.map(lambda _: None, state).replace(params=layouts)
         methods.append((f"random {number} {mesh_text(mesh)}", alpa.ManualParallel((specs, None), mesh_shape=mesh)))
     yield from _all(task, cluster, methods, "random plans")
 
 
-def _random_spec(shape: tuple[int, ...], mesh: Mesh, rng: random.Random) -> P | None:
-    """Each axis on a dim of its own that it divides, or on none; two thirds are None and left to the solver."""
-    if rng.random() < 2 / 3:
+def _random_spec(shape: tuple[int, ...], mesh: Mesh, share: float, rng: random.Random) -> P | None:
+    """Each axis on a dim of its own that it divides, or on none; all but a share are None and left to the solver."""
+    if rng.random() >= share:
         return None
     entries: list[str | None] = [None] * len(shape)
     for name, size in zip("xyz", mesh, strict=False):

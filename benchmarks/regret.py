@@ -6,7 +6,8 @@
     python -m benchmarks.regret --clock cpu                 # work instead of time, where the machine is not idle
 
 The candidates are the best plans on every mesh, those of the methods that split the batch alone, plans by hand, and
-plans with random layouts for a part of the parameters. All run in turns in one process. Per model:
+plans with random layouts for parameters. All run in turns in one process. The devices are measured anew for every
+model, as a shared machine is not equally fast all the time. Per model:
 
     regret       median over the rounds of the step of the chosen plan over that of the fastest candidate, minus 1.
                  Half of the rounds say which one that is, the other half gives the ratio, and the other way round, as
@@ -135,15 +136,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     keep_freed_memory()
     alpa.init(num_devices=DEVICES)
-    cluster, found = measure(jax.devices()), dict[str, tuple[list[Row], Verdict]]()
+    clusters, found = dict[str, alpa.Cluster](), dict[str, tuple[list[Row], Verdict]]()
     for model in options.models:
         start = time.perf_counter()
-        found[model] = _measure(model, cluster, options)
+        clusters[model] = measure(jax.devices())
+        found[model] = _measure(model, clusters[model], options)
         print(f"\n{model}, {time.perf_counter() - start:.0f} s\n\n{_table(found[model][0])}", flush=True)
     print(f"\n{options.clock} time, {options.rounds} rounds\n\n{_summary({m: v for m, (_, v) in found.items()})}")
     if options.json:
-        data = {m: {"verdict": asdict(v), "candidates": [asdict(r) for r in rows]} for m, (rows, v) in found.items()}
-        options.json.write_text(json.dumps({"cluster": cluster.to_json(), "models": data}, indent=1) + "\n", "utf-8")
+        data = {
+            m: {"verdict": asdict(v), "cluster": clusters[m].to_json(), "candidates": [asdict(r) for r in rows]}
+            for m, (rows, v) in found.items()
+        }
+        options.json.write_text(json.dumps({"models": data}, indent=1) + "\n", "utf-8")
     if options.chart:
         draw(options.chart, {m: rows for m, (rows, _) in found.items()}, options.clock)
 
@@ -249,7 +254,7 @@ def draw(path: Path, rows: dict[str, list[Row]], clock: str) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     p = parser(__doc__)
     add_options(p, rounds=24)
-    p.add_argument("--random", type=int, default=4, help="plans with random layouts")
+    p.add_argument("--random", type=int, default=8, help="plans with random layouts")
     p.add_argument("--chart", type=Path, help="PNG of predicted against measured step times")
     options = p.parse_args(arguments)
     check_options(p, options)

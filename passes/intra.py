@@ -48,7 +48,9 @@ _FREE_OPS = frozenset(
 ) | {"enter", "yield", "branch", "barrier"}
 """Ops that are fused into their users, or only move a name."""
 
-_CONTRACTIONS = frozenset(f"stablehlo.{n}" for n in ("dot_general", "dot", "convolution"))
+_MATMULS = frozenset(("stablehlo.dot_general", "stablehlo.dot"))
+
+_CONTRACTIONS = _MATMULS | {"stablehlo.convolution"}
 """Ops at the rate of matmuls; all others are priced like element-wise work."""
 
 _PADDED = frozenset(f"stablehlo.{n}" for n in ("dot_general", "reduce", "broadcast_in_dim", "transpose", "add"))
@@ -357,7 +359,7 @@ class _Builder:
         dtype = self.graph.tensors[(*op.operands, *op.results)[0]].dtype
         tensors = tuple(self.graph.tensors[t] for t in (*op.operands, *op.results))
         sizes = tuple((t.shape, dtype_bits(t.dtype)) for t in tensors)
-        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name, dtype, sizes)
+        key = ("op", op.rule, id(strategies), op.count, op.flops, op.name, dtype, sizes, self.transposed_later(op))
         if key not in self.cache:
             self.cache[key] = np.array([op.count * self.op_seconds(op, s, dtype, sizes) for s in strategies])
         return self.cache[key]
@@ -369,11 +371,35 @@ class _Builder:
             return share * op.flops * _TIE_BREAK_S_PER_BYTE
         tensors = zip((*op.rule.operands, *op.rule.results), sizes, strict=True)
         nbytes = [_local_elements(dims, local, shape) * bits / 8 for dims, (shape, bits) in tensors]
-        turned, row = _turned(op, local)
         touched = _touched(op.name, nbytes)
         if op.name not in _CONTRACTIONS:
-            return self.cost.launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
-        return self.cost.kernel_s(op.flops * share, touched, dtype) + self.cost.turn_s(turned, row * sizes[0][1] / 8)
+            launch_s = self.cost.library_s if op.name == "stablehlo.reduce" else self.cost.launch_s
+            return launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
+        other_order_s = self.other_order_s(op, strategy, nbytes) if _turned(op, local) else 0.0
+        return self.cost.kernel_s(op.flops * share, touched, dtype) + other_order_s
+
+    def other_order_s(self, op: Op, strategy: State, nbytes: list[float]) -> float:
+        """Seconds for a left side that is contracted over its columns, as in gradients of weights.
+
+        XLA's CPU backend copies it, and for convolutions the right side too; but it reads matrices as they lie, and
+        what is transposed behind the contraction, unless it is reduced before: it then makes the transpose instead, by
+        reading both sides by columns.
+        """
+        sides = nbytes[:2] if op.name == "stablehlo.convolution" else nbytes[:1]
+        summed = any(f in op.rule.reduction for f in strategy if f >= 0)
+        whole = not summed and self.transposed_later(op)
+        if not _matrices(op) and not whole:
+            return self.cost.copy_s(sum(sides))
+        bits = dtype_bits(self.graph.tensors[op.operands[0]].dtype)
+        return (1 if _matrices(op) else 2) * self.cost.columns_s(8 / bits * sum(nbytes[:2]))
+
+    def transposed_later(self, op: Op) -> bool:
+        """Whether all that becomes of a matmul, which is no batch of them, is its transpose."""
+        if op.name not in _MATMULS:
+            return False
+        left, right, result = ({f for dim in dims for f in dim} for dims in (*op.rule.operands[:2], op.rule.results[0]))
+        readers = {self.graph.ops[reader].name for reader, _ in self.graph.uses[op.results[0]]}
+        return readers == {"stablehlo.transpose"} and not left & right & result
 
     def pairs(self, domains: list[list[State]], strategies: list[list[State]]) -> dict[tuple[int, int], Costs]:
         node = {op: len(domains) + i for i, op in enumerate(self.groups.nodes)}
@@ -495,21 +521,21 @@ class _Builder:
         return found
 
     def copied(self, strategies: list[list[State]], first: int) -> list[Usage]:
-        """Memory of the left sides of contractions that are copied to be read by their columns."""
-        if not self.cost.copies_turned:
+        """Memory of the left sides of contractions that are copied, and of the right sides of convolutions too."""
+        if not self.cost.copies:
             return []
         found: list[Usage] = []
         for i, number in enumerate(self.groups.nodes):
             op = self.graph.ops[number]
-            if _turned(op, list(op.rule.sizes))[0]:
+            if _turned(op, list(op.rule.sizes)) and not _matrices(op):
                 bits = dtype_bits(self.graph.tensors[op.operands[0]].dtype)
-                found.append(Usage(first + i, number, number + 1, self.turned_bytes(op, strategies[i], bits)))
+                found.append(Usage(first + i, number, number + 1, self.copied_bytes(op, strategies[i], bits)))
         return found
 
-    def turned_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
-        key = ("turned", op.rule, id(strategies), bits)
+    def copied_bytes(self, op: Op, strategies: list[State], bits: int) -> Costs:
+        key = ("copied", op.rule, id(strategies), bits, op.name)
         if key not in self.cache:
-            self.cache[key] = np.array([_turned(op, self.local(op, s))[0] for s in strategies], float) * bits / 8
+            self.cache[key] = np.array([_copied(op, self.local(op, s)) for s in strategies], float) * bits / 8
         return self.cache[key]
 
     def local(self, op: Op, strategy: State) -> list[int]:
@@ -573,18 +599,25 @@ def _touched(name: str, nbytes: list[float]) -> float:
             return sum(nbytes)
 
 
-def _turned(op: Op, local: list[int]) -> tuple[int, int]:
-    """Elements of a left side that are read by columns, and those of one row; 0, 0 if it is read as it lies.
-
-    A matmul or a convolution reads it by columns if it is contracted over another than its last dim, as in gradients of
-    weights.
-    """
+def _turned(op: Op, local: list[int]) -> int:
+    """Elements of the left side of a contraction if it is contracted over another than its last dim, else 0."""
     if op.name not in _CONTRACTIONS:
-        return 0, 0
+        return 0
     dims = [math.prod(local[f] for f in d) for d in op.rule.operands[0]]
     contracted = [k for k, d in enumerate(op.rule.operands[0]) if dims[k] > 1 and set(d) & op.rule.reduction]
-    row = math.prod(dims[contracted[-1] + 1 :]) if contracted else 1
-    return (math.prod(dims), row) if row > 1 else (0, 0)
+    return math.prod(dims) if contracted and math.prod(dims[contracted[-1] + 1 :]) > 1 else 0
+
+
+def _copied(op: Op, local: list[int]) -> int:
+    """Elements of the sides of a contraction that are copied where the left one is `_turned`."""
+    if op.name != "stablehlo.convolution" or not _turned(op, local):
+        return _turned(op, local)
+    return sum(math.prod(local[f] for dim in dims for f in dim) for dims in op.rule.operands[:2])
+
+
+def _matrices(op: Op) -> bool:
+    """Whether an op multiplies two matrices."""
+    return op.name in _MATMULS and all(len(dims) == 2 for dims in op.rule.operands[:2])
 
 
 def _factor_shards(rule: Rule, strategy: State, mesh: tuple[int, ...]) -> list[int]:

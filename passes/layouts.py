@@ -145,14 +145,9 @@ class TensorSpace:
             return Move(kind, axes, source, target, 0.0, seconds)
         nbytes = self.local_bytes(target if kind == "all-gather" else source)
         seconds = self.cost.collective_s(kind, nbytes, axes, combined=self.combined)
-        if kind == "all-gather" and source[axes[0]] == len(self.shape) - 1 > 0:
-            seconds += self.gathered_last_s(source)
+        if kind == "all-gather" and source[axes[0]] > 0:
+            seconds += self.cost.copy_s(nbytes)  # the parts come one behind the other, as they lie along the first dim
         return Move(kind, axes, source, target, nbytes, seconds)
-
-    def gathered_last_s(self, source: State) -> float:
-        """Seconds to turn what an all-gather along the last dim sends: parts come one behind the other."""
-        last = -(-self.shape[-1] // self.shards(source)[-1])
-        return self.cost.turn_s(self.local_elements(source), last * self.bits / 8)
 
     @cached_property
     def _possible_moves(self) -> list[Move]:

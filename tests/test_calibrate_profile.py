@@ -1,7 +1,9 @@
 """What is measured of emulated devices beyond peaks and rings: the profile, what costs make of it, and memory."""
 
 import dataclasses
+import re
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,18 @@ from alpa_like import profiling
 from alpa_like.cluster import CallTime, Cluster, Device, Link, Profile
 from alpa_like.cost import COLLECTIVES, RingCost
 from alpa_like.errors import ClusterError
+from alpa_like.passes.groups import form_groups
+from alpa_like.passes.intra import Restrictions, build
 from alpa_like.passes.layouts import WHOLE, TensorSpace
+from alpa_like.passes.liveness import Liveness
+from alpa_like.tracer import trace
 
 CALLS = (
     CallTime("all-gather", 2, 1e-5, 1e9),
-    CallTime("all-gather", 8, 4e-5, 2e9),
+    CallTime("all-gather", 8, 4e-5, 2e9, 1.5e-5),
     CallTime("all-reduce", 2, 3e-5, 5e8),
 )
-PROFILE = Profile(2e-6, 1e-10, 4e-9, 5e9, ((512, 1e-9), (4096, 8e-9)), CALLS, ("all-reduce",))
+PROFILE = Profile(2e-6, 1e-10, 4e-9, 5e9, 6e-6, 2e9, 7e-9, CALLS, ("all-reduce",))
 PLAIN = Cluster(
     "plain",
     1,
@@ -47,9 +53,14 @@ def test_profile_survives_json_and_is_left_out_where_there_is_none():
 
 def test_profiles_of_older_files_are_read():
     data = EMULATED.to_json()
-    del data["profile"]["bytes_per_s"]
-    found = Cluster.from_json(data).profile
-    assert found == dataclasses.replace(PROFILE, bytes_per_s=PLAIN.device.memory_bandwidth_bytes_per_s)
+    for figure in ("bytes_per_s", "library_s", "operand_bytes_per_s", "columns_s"):
+        del data["profile"][figure]
+    for call in data["profile"]["calls"]:
+        del call["queued_s"]
+    data["profile"]["turned"] = [[512, 1e-9], [4096, 8e-9]]
+    calls = tuple(dataclasses.replace(call, queued_s=None) for call in CALLS)
+    expected = Profile(2e-6, 1e-10, 4e-9, PLAIN.device.memory_bandwidth_bytes_per_s, calls=calls, joined=PROFILE.joined)
+    assert Cluster.from_json(data).profile == expected
 
 
 @pytest.mark.parametrize("calls", [CALLS[::-1], (CALLS[0], CALLS[0])])
@@ -62,7 +73,8 @@ def test_calls_out_of_order_are_named(calls):
     ("kind", "mesh", "axes", "combined", "seconds"),
     [
         ("all-gather", (8,), (0,), False, 4e-5 + 1e6 / 2e9),
-        ("all-gather", (8,), (0,), True, 4e-5 + 1e6 / 2e9),  # the compiler joins all-reduces only
+        ("all-gather", (8,), (0,), True, 1.5e-5 + 1e6 / 2e9),  # one of many; the compiler joins all-reduces only
+        ("all-gather", (4, 2), (1,), True, 1e-5 + 1e6 / 1e9),  # not measured in a row
         ("all-gather", (2, 4), (1,), False, 1e-5 + 1e6 / 1e9),  # no entry for 4: that of the most members below
         ("all-reduce", (8,), (0,), False, 3e-5 + 1e6 / 5e8),
         ("all-reduce", (8,), (0,), True, 1e6 / 5e8),
@@ -85,52 +97,126 @@ def test_groups_that_span_hosts_are_no_calls_of_shared_memory():
 
 def test_kernels_by_hand():
     c, plain = cost(EMULATED), cost(PLAIN)
-    assert c.kernel_s(1e7, 1e6, "f32") == pytest.approx(2e-6 + 1e-3 + 1e-4)
+    assert c.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 5e-4)
+    assert (c.columns_s(1e6), c.copy_s(1e6)) == pytest.approx((7e-3, 4e-4))
+    old = cost(dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, operand_bytes_per_s=None)))
+    assert old.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 1e-4)
     assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9 + 8e-10)  # work, then memory: `exposed` is 1
     assert c.elementwise_s(1, 2, 4) == pytest.approx(8.1e-9 + 8e-10)
     assert c.elementwise_s(1, 0, 40) == pytest.approx(8e-9 + 1e-10)
     assert plain.kernel_s(1e7, 1e6, "f32") == plain.compute_s(1e7, 1e6, "f32")
     assert plain.elementwise_s(100, 100, 4) == plain.compute_s(0.0, 4.0, "f32")
-    assert plain.launch_s == plain.turn_s(1e9, 4096) == 0.0
+    assert plain.launch_s == plain.library_s == plain.columns_s(1e9) == plain.copy_s(1e9) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("row_bytes", "seconds"),
-    [(256, 1e-9), (512, 1e-9), (3 * 1024, 1e-9), (4096, 8e-9), (3 * 4096, 8e-9), (2**16, 8e-9), (28, 1e-9)],
-)
-def test_the_power_of_two_in_the_distance_of_rows_decides_what_columns_cost(row_bytes, seconds):
-    assert PROFILE.turn_s(row_bytes) == seconds
+@pytest.mark.parametrize("figure", ["kernel_s", "library_s", "operand_bytes_per_s", "columns_s"])
+def test_negative_figures_are_named(figure):
+    with pytest.raises(ClusterError, match=figure):
+        dataclasses.replace(PROFILE, **{figure: -1e-9})
 
 
-@pytest.mark.parametrize("turned", [((4096, 1e-9), (512, 1e-9)), ((768, 1e-9),)])
-def test_rows_that_are_no_rising_powers_of_two_are_named(turned):
-    with pytest.raises(ClusterError, match="rising powers of two"):
-        dataclasses.replace(PROFILE, turned=turned)
-
-
-def test_gathering_along_the_last_dim_turns_what_is_sent():
-    for cluster, extra in ((EMULATED, 1024 * 8192 / 8 * 8e-9), (PLAIN, 0.0)):
+def test_gathering_along_another_than_the_first_dim_copies_what_is_gathered():
+    for cluster, extra in ((EMULATED, 2 * 4 * 1024 * 8192 / 5e9), (PLAIN, 0.0)):
         space = TensorSpace((1024, 8192), 32, False, cost(cluster))
         first, last = (m.seconds for d in (0, 1) for m in space.moves((d,)) if m.target == (WHOLE,))
         assert last - first == pytest.approx(extra)
 
 
-def test_gradients_of_weights_read_a_copy_of_their_left_side():
-    """256 rows of 1024 elements on each device: seconds for each element, and memory beside operands and result."""
-    x, y = (jax.ShapeDtypeStruct((2048, width), jnp.float32) for width in (1024, 32))
+def contract(left, right, dims: int, *, transposed: bool = False):
+    """Over the first dims, as gradients of weights are made; `transposed` is how `jax.grad` writes them."""
+    over = tuple(range(dims))
+    found = jax.lax.dot_general(left, right, ((over, over), ((), ())))
+    return found.T if transposed else found
+
+
+def seconds(step: Callable[..., object], left: tuple[int, ...], right: tuple[int, ...], **figures: float):
+    """Seconds of the one contraction of a step on 8 devices, undivided and with its batch divided, by `figures`."""
+    free = dataclasses.replace(PROFILE, operand_bytes_per_s=1e30, columns_s=0.0, bytes_per_s=1e30)
+    cluster = dataclasses.replace(EMULATED, profile=dataclasses.replace(free, **figures))
+    graph = trace(step, [jax.ShapeDtypeStruct(s, jnp.float32) for s in (left, right)]).graph
+    groups = form_groups(graph, ())
+    problem = build(groups, cost(cluster), Liveness(graph, frozenset()), Restrictions())
+    (node,) = (i for i, op in enumerate(groups.nodes) if graph.ops[op].name == "stablehlo.dot_general")
+    rule, number = graph.ops[groups.nodes[node]].rule, len(groups.shapes) + node
+    batch = (rule.operands[0][0][0],)
+    costs = dict(zip(problem.choices[number], problem.problem.unary[number], strict=True))
+    return costs[(WHOLE,)], costs[batch]
+
+
+@pytest.mark.parametrize(
+    ("dims", "transposed", "copied", "columns"),
+    [
+        (1, False, (0, 0), (1, 1)),  # matrices are read as they lie
+        (1, True, (0, 0), (1, 1)),
+        (2, False, (1, 1), (0, 0)),  # others are copied
+        (2, True, (0, 1), (2, 0)),  # unless both sides are read by columns for the transpose of what is not reduced
+    ],
+)
+def test_left_sides_of_gradients_of_weights_are_copied_or_read_by_columns(dims, transposed, copied, columns):
+    """Seconds for elements, of an undivided contraction and of one whose batch is divided by 8."""
+    step = partial(contract, dims=dims, transposed=transposed)
+    rows = (2048,) if dims == 1 else (8, 256)
+    cases = {}, {"columns_s": 1e-8}, {"bytes_per_s": 1e6}
+    free, read, copy = (np.array(seconds(step, (*rows, 1024), (*rows, 32), **figures)) for figures in cases)
+    share = np.array([1, 1 / 8])
+    assert read - free == pytest.approx(1e-8 * 2048 * (1024 + 32) * share * columns)
+    assert copy - free == pytest.approx(2 * 4 * 2048 * 1024 / 1e6 * share * copied)
+
+
+def test_batches_of_matmuls_are_copied():
+    def step(left, right):
+        return jax.lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,)))).transpose(0, 2, 1)
+
+    free, read = (seconds(step, (8, 64, 32), (8, 64, 16), columns_s=s) for s in (0.0, 1e-8))
+    assert free == read
+    assert seconds(step, (8, 64, 32), (8, 64, 16), bytes_per_s=1e6)[0] - free[0] == pytest.approx(
+        2 * 4 * 8 * 64 * 32 / 1e6
+    )
+
+
+def test_matmuls_read_and_write_at_a_rate_of_their_own():
+    free, priced = (seconds(jnp.matmul, (64, 512), (512, 128), operand_bytes_per_s=r) for r in (1e30, 1e9))
+    assert priced[0] - free[0] == pytest.approx(4 * (64 * 512 + 512 * 128 + 64 * 128) / 1e9)
+
+
+@pytest.mark.parametrize(("rate", "nbytes_per_s"), [(3e10, 2e9), (2.5e10, 1e9)])
+def test_rates_are_fitted_through_two_dense_steps(monkeypatch, rate, nbytes_per_s):
+    """Seconds by hand of the steps; what is copied and updated takes its time too."""
+
+    def seconds(rows, width, depth):
+        flops, moved = 6 * rows * width**2, 12 * (2 * rows * width + width**2)
+        copied = 4 * (2 * rows * width + 3 * width**2)
+        return depth * (flops / rate + moved / nbytes_per_s + 3 * PROFILE.library_s + copied / PROFILE.bytes_per_s)
+
+    monkeypatch.setattr(profiling, "_dense_step", lambda mesh, *shape: (shape, None))
+    monkeypatch.setattr(profiling, "_once", lambda shape, _: seconds(*shape))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    assert profiling.reached(mesh, PROFILE) == pytest.approx((rate, nbytes_per_s))
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_dense_steps_do_all_matmuls_that_are_counted(depth):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    step, weights = profiling._dense_step(mesh, 2 * profiling._DENSE_LENGTH, 16, depth)
+    assert len(re.findall(r" dot\(", step.lower(weights).compile().as_text())) == 3 * depth
+
+
+def test_what_is_copied_takes_memory():
+    """The left side again, beside operands and result; matrices are read as they lie."""
     method = alpa.ManualParallel((P("x"), P("x")), out_specs=P(), mesh_shape=(8,))
-    turned = dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, turned=((4096, 1e-8),)))
-    plain = dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, turned=()))
-    step = alpa.parallelize(lambda x, y: jnp.einsum("tv,td->vd", x, y), method=method)
-    found = [step.plan(x, y, cluster=cluster).predicted for cluster in (turned, plain)]
-    assert found[0].compute_time_s - found[1].compute_time_s == pytest.approx(256 * 1024 * 1e-8)
-    assert found[0].peak_memory_bytes - found[1].peak_memory_bytes == 256 * 1024 * 4
+    memory = []
+    for rows in ((8, 256), (2048,)):
+        shapes = (jax.ShapeDtypeStruct((*rows, width), jnp.float32) for width in (1024, 32))
+        step = alpa.parallelize(partial(contract, dims=len(rows)), method=method)
+        memory.append(step.plan(*shapes, cluster=EMULATED).predicted.peak_memory_bytes)
+    assert memory[0] - memory[1] == 256 * 1024 * 4
 
 
 def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest.MonkeyPatch):
     def ready(mesh: object, step: Callable[..., object], rows: int, width: int, *_: object) -> tuple[object, float]:
         alone = step.args[0] is profiling._nothing  # type: ignore[attr-defined]
-        return step, 0.0 if alone else profiling._COLLECTIVES_IN_A_ROW * (2e-5 + 4 * rows * width / 3e9)
+        start = 5e-6 if step.func is profiling._in_a_row else 2e-5  # type: ignore[attr-defined]
+        return step, 0.0 if alone else profiling._COLLECTIVES_IN_A_ROW * (start + 4 * rows * width / 3e9)
 
     monkeypatch.setattr(profiling, "_ready", ready)
     monkeypatch.setattr(profiling, "_paired", lambda one, other: one[1] - other[1])
@@ -140,6 +226,7 @@ def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest
     for call in found:
         assert call.bytes_per_s == pytest.approx(3e9, rel=0.01)
         assert call.latency_s == pytest.approx(2e-5, rel=0.05)
+        assert call.queued_s == pytest.approx(5e-6, rel=0.1)
 
 
 def test_a_pair_is_the_median_of_differences(monkeypatch: pytest.MonkeyPatch):
@@ -149,17 +236,19 @@ def test_a_pair_is_the_median_of_differences(monkeypatch: pytest.MonkeyPatch):
     assert profiling._paired((lambda x: x, 0.0), (lambda x: x, 0.0)) == 2.0
 
 
+@pytest.mark.parametrize("around", [profiling._among_matmuls, profiling._in_a_row])
 @pytest.mark.parametrize("kind", sorted(profiling._COLLECTIVES))
-def test_programs_have_the_collective_that_they_measure(kind):
+def test_programs_have_the_collective_that_they_measure(kind, around):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("groups", "members"))
     spec = jax.sharding.PartitionSpec(("groups", "members"))
     step = jax.shard_map(
-        lambda x: profiling._among_matmuls(lambda y: profiling._COLLECTIVES[kind](2, y), x),
+        lambda x: around(lambda y: profiling._COLLECTIVES[kind](2, y), x),
         mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False,
     )  # fmt: skip
     text = jax.jit(step).lower(jnp.zeros((64, 8))).as_text()
     assert text.count(f"stablehlo.{kind.replace('-', '_')}") == profiling._COLLECTIVES_IN_A_ROW
-    assert text.count("stablehlo.dot_general") == profiling._COLLECTIVES_IN_A_ROW
+    matmuls = profiling._COLLECTIVES_IN_A_ROW if around is profiling._among_matmuls else 0
+    assert text.count("stablehlo.dot_general") == matmuls
 
 
 def test_gradients_that_wait_for_each_other_take_memory():
@@ -221,7 +310,8 @@ def test_pipelines_keep_what_two_ops_read_too():
     w = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 512), (512, 16))]
     x = jax.ShapeDtypeStruct((4096, 16), jnp.float32)
     memory = [found.plan(w, x, cluster=c).predicted.peak_memory_bytes for c in (PLAIN, EMULATED)]
-    assert memory[1] >= memory[0] + 4 * 2048 * 512 / 4  # a tensor more of a micro-batch, on 4 devices
+    # A tensor more of a micro-batch, on 4 devices; what it is computed from, for which it stands in, is small.
+    assert memory[1] > memory[0] + 0.95 * 4 * 2048 * 512 / 4
 
 
 def test_what_is_no_contraction_is_priced_like_element_wise_work():
@@ -230,7 +320,7 @@ def test_what_is_no_contraction_is_priced_like_element_wise_work():
     step = alpa.parallelize(lambda x, y: x.max((1, 2)), method=method)
     found = step.plan(x, jnp.float32(0), cluster=EMULATED).predicted.compute_time_s
     elements = 1024 * 1024
-    assert found == pytest.approx(PROFILE.kernel_s + elements * (4 / PROFILE.bytes_per_s + PROFILE.simple_s), rel=0.01)
+    assert found == pytest.approx(PROFILE.library_s + elements * (4 / PROFILE.bytes_per_s + PROFILE.simple_s), rel=0.01)
 
 
 @pytest.mark.parametrize("members", [2, 3, 5, 6, 7, 8, 12, 16, 17, 32, 64, 100])
@@ -242,7 +332,7 @@ def test_buffers_divide_among_any_number_of_members(members):
     assert members > 16 or 4 * rows * width == pytest.approx(nbytes, rel=0.1)
 
 
-def test_gradients_of_convolutions_read_a_copy_of_their_left_side():
+def test_gradients_of_convolutions_read_copies_of_both_sides():
     x, g = (jax.ShapeDtypeStruct((64, 16, 16, features), jnp.float32) for features in (32, 8))
 
     def kernel_gradient(x, g):
@@ -253,8 +343,9 @@ def test_gradients_of_convolutions_read_a_copy_of_their_left_side():
 
     method = alpa.ManualParallel((P("x"), P("x")), out_specs=P(), mesh_shape=(8,))
     step = alpa.parallelize(kernel_gradient, method=method)
-    profiles = [dataclasses.replace(PROFILE, turned=turned) for turned in (((512, 1e-9), (4096, 1e-8)), ())]
+    profiles = [dataclasses.replace(PROFILE, bytes_per_s=rate) for rate in (1e8, 1e30)]
     found = [step.plan(x, g, cluster=dataclasses.replace(EMULATED, profile=p)).predicted for p in profiles]
-    copied = 8 * 16 * 16 * 32
-    assert found[0].compute_time_s - found[1].compute_time_s == pytest.approx(copied * 1e-8)
-    assert found[0].peak_memory_bytes - found[1].peak_memory_bytes == pytest.approx(4 * copied, rel=0.05)
+    copied = 8 * 16 * 16 * (32 + 8)
+    assert found[0].compute_time_s - found[1].compute_time_s == pytest.approx(2 * 4 * copied / 1e8, rel=0.05)
+    compiled = step.compile(x, g, cluster=EMULATED).memory_bytes()
+    assert found[0].peak_memory_bytes == pytest.approx(compiled, rel=0.1)

@@ -157,6 +157,6 @@ def test_random_layouts_divide_what_they_split():
     for mesh in candidates.MESHES:
         sizes = dict(zip("xyz", mesh, strict=False))
         for _ in range(50):
-            spec = candidates._random_spec((16, 6, 8), mesh, rng)
+            spec = candidates._random_spec((16, 6, 8), mesh, 1 / 3, rng)
             for dim, name in zip((16, 6, 8), spec or (), strict=False):
                 assert name is None or dim % sizes[name] == 0
