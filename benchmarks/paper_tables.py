@@ -138,8 +138,11 @@ def far_from_published(row: Row) -> str:
         return f"{name}: Alpa's plan does not fit by our account of memory, which keeps float32 state and gradients"
     if alpa_ is None or abs(found / alpa_ - 1) <= NEAR:
         return ""
-    why = SLOWER if found < alpa_ else FASTER[row["family"]]
-    return f"{name}: {found / alpa_:.2f} of it; {why}"
+    if found < alpa_:
+        return f"{name}: {found / alpa_:.2f} of it; {SLOWER}"
+    waiting = pflops(row, row["alpas"].get("waiting_step_s"))
+    held = f", {waiting / alpa_:.2f} if meshes wait while they send, as Alpa's did" if waiting else ""
+    return f"{name}: {found / alpa_:.2f} of it{held}; {FASTER[row['family']]}"
 
 
 SLOWER = "the preset's shares of the peaks are those of PyTorch's kernels on other V100 hosts; XLA fuses more of them"

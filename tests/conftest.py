@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("ALPA_LIKE_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "alpa_like"))
 
 import jax
+import pytest
 
 QUICK = {
     "0.10.": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
@@ -31,3 +32,14 @@ os.environ["XLA_FLAGS"] = " ".join([*quick, *os.environ.get("XLA_FLAGS", "").spl
 
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and so would all processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def measured_here():
+    """What `Cluster.local()` measures by few runs, as tests need figures but no good ones; kept for their processes."""
+    from alpa_like import Cluster, profiling
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in {"_PAIRS": 1, "_RUNS": 1, "_TYPICAL_RUNS": 2}.items():
+            patch.setattr(profiling, name, few)
+        return Cluster.local(recalibrate=True)

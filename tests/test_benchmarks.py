@@ -14,11 +14,13 @@ import pytest
 import alpa_like as alpa
 from alpa_like.cost import RingCost, ring_bytes
 from alpa_like.models import SIZES, GPTConfig, MoEConfig, config, gpt_task, paper_gpt_config, paper_moe_config, task
+from alpa_like.plan import Pipeline, PipelineStage
 from benchmarks import __main__ as entry
 from benchmarks import megatron, model, paper
 from benchmarks.charts import Lines, draw_lines
 from benchmarks.fill import fill
 from benchmarks.flops import model_flops, peak_of_kind
+from benchmarks.paper_tables import far_from_published
 from benchmarks.published import PUBLISHED, gpt_flops, moe_flops
 from benchmarks.share import one_device, parameters, share_task, shares
 
@@ -281,6 +283,24 @@ def test_paper_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "1.20" in text
     paper.main(["--rows", "gpt:350M", "--resume", "--quick", "--out", str(tmp_path)])
     assert made == ["350M", "70B", "350M"]  # another question
+
+
+def test_meshes_that_wait_while_they_send_take_longer() -> None:
+    """GPipe on two meshes by hand: 4 micro-batches, forward 1 s, backward 2 s, half a second to send."""
+    stages = tuple(PipelineStage(n, n, n, False, 4, 0.0, 1.0, 2.0, 1.0, 1.0) for n in range(2))
+    pipeline = Pipeline(4, "gpipe", (1, 2), (1.0, 1.0), stages, (0.5,), (0.0, 0.0), (0.0, 0.0))
+    assert pipeline.simulate().makespan_s == pytest.approx(5 * 1 + 5 * 2 + 2 * 0.5)
+    assert paper.waiting_s(pipeline) == pytest.approx(5 * 1.5 + 5 * 2.5)
+
+
+def test_rows_far_from_published_ones_are_explained() -> None:
+    row = _fake_row("wide_resnet", "13B", quick=False)
+    seconds = row["flops"] / (row["published"]["alpa"] * row["gpus"] * 1e12)
+    assert far_from_published(row | {"alpas": {"step_s": seconds * 1.1}}) == ""
+    assert "1.25 of it; the preset's shares" not in far_from_published(row | {"alpas": {"step_s": seconds / 1.25}})
+    fast = {"step_s": seconds / 1.25, "waiting_step_s": seconds * 1.25}
+    assert "1.25 of it, 0.80 if meshes wait while they send" in far_from_published(row | {"alpas": fast})
+    assert "0.80 of it; the preset's shares" in far_from_published(row | {"alpas": {"step_s": seconds * 1.25}})
 
 
 def test_lines_are_drawn(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def run(notebook, folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """By name, what running a notebook in a folder of its own gives; two run at a time."""
+def runs(tmp_path_factory, measured_here):
+    """By name, what running a notebook in a folder of its own gives; two run at a time, after what they plan for."""
     pool = ThreadPoolExecutor(AT_ONCE)
     yield {path.stem: pool.submit(run, path, tmp_path_factory.mktemp(path.stem)) for path in NOTEBOOKS}
     pool.shutdown(cancel_futures=True)
