@@ -156,10 +156,10 @@ def _columns_s(mesh: Mesh) -> float:
             x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
         return x
 
-    turned, plain = (
-        _ready(mesh, partial(multiply, t), *s, ("devices",), 0.5)
-        for t, s in ((True, _COLUMNS), (False, _COLUMNS[::-1]))
-    )
+    def ready(turn: bool, shape: tuple[int, int]) -> _Ready:
+        return _ready(mesh, partial(multiply, turn), *shape, ("devices",), 0.5)
+
+    turned, plain = ready(True, (rows, width)), ready(False, (width, rows))
     return max(0.0, _paired(turned, plain)) / (_TIMES * 2 * rows * width)
 
 
