@@ -29,7 +29,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from alpa_like.cluster import Cluster, Device, Link
 from alpa_like.errors import ClusterError
-from alpa_like.profiling import fastest, profile_of, reached, rounded
+from alpa_like.profiling import fastest, profile_of, rounded
 
 __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 
@@ -191,9 +191,7 @@ def measure(devices: Sequence[JaxDevice]) -> Cluster:
     bandwidth, peaks = _memory_bandwidth(mesh, sizes), _matmul_flops(mesh, sizes, platform)
     profile, efficiency = None, 1.0
     if platform == "cpu" and len(devices) > 1:
-        profile = profile_of(mesh)
-        flops_per_s, bytes_per_s = (rounded(rate) for rate in reached(mesh, profile))
-        profile = replace(profile, operand_bytes_per_s=bytes_per_s)
+        profile, flops_per_s = profile_of(mesh)
         peaks, efficiency = _of_peak(peaks[0][1], flops_per_s)
     device = Device(
         name=kind,

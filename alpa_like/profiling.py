@@ -2,8 +2,8 @@
 
 Every program runs on all devices and does its work several times, so that one dispatch is shared by all of it. Matmuls
 and collectives are measured as a train step has them, one among the other: devices that share cores don't arrive at a
-collective together, and what a matmul reads was last used long ago. Alone, both take about two thirds of that, and so
-do collectives in a row, by which a step gathers its parameters.
+collective together, and what a matmul reads was last used long ago. Alone, both take about two thirds of that.
+Collectives in a row, by which a step gathers its parameters, are measured too; they take a third to a half.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alpa_like.cluster import CallTime, Profile
 
-__all__ = ["fastest", "profile_of", "reached", "rounded"]
+__all__ = ["fastest", "profile_of", "rounded"]
 
 _Step = Callable[[jax.Array], jax.Array]
 _Ready = tuple[_Step, jax.Array]
@@ -88,34 +90,45 @@ def _once(step: Callable[..., Any], x: Any) -> float:
 
 def _paired(one: _Ready, other: _Ready) -> float:
     """By how many seconds one step is longer than another: the median of pairs of runs that are close in time."""
-
     return statistics.median([_once(*one) - _once(*other) for _ in range(_PAIRS + 1)][1:])
 
 
-def profile_of(mesh: Mesh) -> Profile:
-    """The profile of the devices of a mesh of one axis, without what `reached` tells of contractions."""
+def profile_of(mesh: Mesh) -> tuple[Profile, float]:
+    """The profile of the devices of a mesh of one axis, and the FLOP/s of their matmuls in a train step."""
     empty = _seconds(mesh, lambda x: x, 8, 8)
-    many = _seconds(mesh, partial(_repeat, lambda x: jnp.sin(x) + 1, _KERNELS), 8, 8)
-    kernel_s = max(0.0, many - empty) / _KERNELS
+
+    def start_s(kernel: _Step, rows: int, width: int) -> float:
+        """Seconds that a kernel takes which has next to nothing to do."""
+        return max(0.0, _seconds(mesh, partial(_repeat, kernel, _KERNELS), rows, width) - empty) / _KERNELS
+
     elements = _TIMES * _ROWS * _WIDTH
     simple = _seconds(mesh, partial(_repeat, _sixteen, _TIMES), _ROWS, _WIDTH) - empty
     costly = _seconds(mesh, partial(_repeat, lambda x: jnp.tanh(jnp.exp(x)), _TIMES), _ROWS, _WIDTH) - empty
-    return Profile(
-        rounded(kernel_s),
-        rounded(max(0.0, simple) / elements / 16),
-        rounded(max(0.0, costly) / elements / 2),
-        rounded(_bytes_per_s(mesh, empty)),
-        rounded(max(0.0, _seconds(mesh, partial(_repeat, _product, _KERNELS), *_SMALL) - empty) / _KERNELS),
-        None,
-        rounded(_columns_s(mesh)),
-        tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
-        _JOINED,
+    profile = Profile(
+        kernel_s=rounded(start_s(lambda x: jnp.sin(x) + 1, 8, 8)),
+        simple_s=rounded(max(0.0, simple) / elements / 16),
+        costly_s=rounded(max(0.0, costly) / elements / 2),
+        bytes_per_s=rounded(_bytes_per_s(mesh, empty)),
+        library_s=rounded(start_s(_product, *_SMALL)),
+        columns_s=rounded(_columns_s(mesh)),
+        calls=tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
+        joined=_JOINED,
     )
+    flops_per_s, bytes_per_s = _reached(mesh, profile)
+    return replace(profile, operand_bytes_per_s=rounded(bytes_per_s)), rounded(flops_per_s)
 
 
 def _repeat(function: _Step, times: int, x: jax.Array) -> jax.Array:
     for _ in range(times):
         x = jax.lax.optimization_barrier(function(x))
+    return x
+
+
+def _kept_apart(function: Callable[[int, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Run a function so many times that each result is there as a whole; x is updated in place, by one element."""
+    for number in range(_TIMES):
+        y = jax.lax.optimization_barrier(function(number, x))
+        x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
     return x
 
 
@@ -130,12 +143,7 @@ def _sixteen(x: jax.Array) -> jax.Array:
 def _bytes_per_s(mesh: Mesh, empty: float) -> float:
     """Of products that are kept apart from what they are made of, as most results of a step are."""
 
-    def multiply(x: jax.Array) -> jax.Array:
-        for number in range(_TIMES):
-            y = jax.lax.optimization_barrier(x * (number + 1.5))
-            x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
-        return x
-
+    multiply = partial(_kept_apart, lambda number, x: x * (number + 1.5))
     seconds = _seconds(mesh, multiply, _LARGE_ROWS, _WIDTH, typical=True) - empty
     return _TIMES * 2 * 4 * _LARGE_ROWS * _WIDTH / max(seconds, 1e-9)
 
@@ -151,10 +159,7 @@ def _columns_s(mesh: Mesh) -> float:
 
     def multiply(turn: bool, x: jax.Array) -> jax.Array:
         w = x.reshape(rows, width) * 0.5
-        for _ in range(_TIMES):
-            y = jax.lax.optimization_barrier((x.T if turn else x) @ w)
-            x = jax.lax.dynamic_update_slice(x, y[:1, :1] * 1e-3, (0, 0))
-        return x
+        return _kept_apart(lambda _, x: (x.T if turn else x) @ w, x)
 
     def ready(turn: bool, shape: tuple[int, int]) -> _Ready:
         return _ready(mesh, partial(multiply, turn), *shape, ("devices",), 0.5)
@@ -183,7 +188,7 @@ def _ready(
     return run, jnp.full((mesh.size * rows, width), value, jnp.float32, device=NamedSharding(mesh, spec))
 
 
-def reached(mesh: Mesh, profile: Profile) -> tuple[float, float]:
+def _reached(mesh: Mesh, profile: Profile) -> tuple[float, float]:
     """FLOP/s and bytes/s per device of matmuls in a train step: seconds = FLOPs / FLOP/s + bytes / bytes/s.
 
     Fitted through a step with many and one with few FLOPs per byte.
@@ -196,12 +201,11 @@ def reached(mesh: Mesh, profile: Profile) -> tuple[float, float]:
         for i, (rows, width, depth) in enumerate(_DENSE)
     ]
     terms = [(6 * rows * width**2, 3 * 4 * (2 * rows * width + width**2)) for rows, width, _ in _DENSE]
-    (flops, nbytes), (more_flops, more_bytes) = terms
-    determinant = flops * more_bytes - more_flops * nbytes
-    byte_s = (flops * layers[1] - more_flops * layers[0]) / determinant
-    # Noise may say that bytes, or all but them, take no time; each then gets a tenth.
-    share = min(0.9, max(0.1, byte_s * more_bytes / layers[1]))
-    return more_flops / ((1 - share) * layers[1]), more_bytes / (share * layers[1])
+    byte_s = float(np.linalg.solve(terms, layers)[1])
+    # Noise may say that bytes, or all but them, take no time; each then gets a tenth of the step with many FLOPs.
+    (flops, nbytes), seconds = terms[1], layers[1]
+    share = min(0.9, max(0.1, byte_s * nbytes / seconds))
+    return flops / ((1 - share) * seconds), nbytes / (share * seconds)
 
 
 def _alone(seconds: float, profile: Profile, rows: int, width: int) -> float:

@@ -375,23 +375,22 @@ class _Builder:
         if op.name not in _CONTRACTIONS:
             launch_s = self.cost.library_s if op.name == "stablehlo.reduce" else self.cost.launch_s
             return launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
-        other_order_s = self.other_order_s(op, strategy, nbytes) if _turned(op, local) else 0.0
+        other_order_s = self.other_order_s(op, strategy, local, sizes[0][1]) if _turned(op, local) else 0.0
         return self.cost.kernel_s(op.flops * share, touched, dtype) + other_order_s
 
-    def other_order_s(self, op: Op, strategy: State, nbytes: list[float]) -> float:
+    def other_order_s(self, op: Op, strategy: State, local: list[int], bits: int) -> float:
         """Seconds for a left side that is contracted over its columns, as in gradients of weights.
 
         XLA's CPU backend copies it, and for convolutions the right side too; but it reads matrices as they lie, and
         what is transposed behind the contraction, unless it is reduced before: it then makes the transpose instead, by
         reading both sides by columns.
         """
-        sides = nbytes[:2] if op.name == "stablehlo.convolution" else nbytes[:1]
+        if _matrices(op):
+            return self.cost.columns_s(_elements(op, local, 2))
         summed = any(f in op.rule.reduction for f in strategy if f >= 0)
-        whole = not summed and self.transposed_later(op)
-        if not _matrices(op) and not whole:
-            return self.cost.copy_s(sum(sides))
-        bits = dtype_bits(self.graph.tensors[op.operands[0]].dtype)
-        return (1 if _matrices(op) else 2) * self.cost.columns_s(8 / bits * sum(nbytes[:2]))
+        if not summed and self.transposed_later(op):
+            return 2 * self.cost.columns_s(_elements(op, local, 2))
+        return self.cost.copy_s(_copied(op, local) * bits / 8)
 
     def transposed_later(self, op: Op) -> bool:
         """Whether all that becomes of a matmul, which is no batch of them, is its transpose."""
@@ -527,7 +526,7 @@ class _Builder:
         found: list[Usage] = []
         for i, number in enumerate(self.groups.nodes):
             op = self.graph.ops[number]
-            if _turned(op, list(op.rule.sizes)) and not _matrices(op):
+            if _copied(op, list(op.rule.sizes)):
                 bits = dtype_bits(self.graph.tensors[op.operands[0]].dtype)
                 found.append(Usage(first + i, number, number + 1, self.copied_bytes(op, strategies[i], bits)))
         return found
@@ -599,20 +598,25 @@ def _touched(name: str, nbytes: list[float]) -> float:
             return sum(nbytes)
 
 
-def _turned(op: Op, local: list[int]) -> int:
-    """Elements of the left side of a contraction if it is contracted over another than its last dim, else 0."""
+def _turned(op: Op, local: list[int]) -> bool:
+    """Whether the left side of a contraction is contracted over another than its last dim."""
     if op.name not in _CONTRACTIONS:
-        return 0
+        return False
     dims = [math.prod(local[f] for f in d) for d in op.rule.operands[0]]
     contracted = [k for k, d in enumerate(op.rule.operands[0]) if dims[k] > 1 and set(d) & op.rule.reduction]
-    return math.prod(dims) if contracted and math.prod(dims[contracted[-1] + 1 :]) > 1 else 0
+    return bool(contracted) and math.prod(dims[contracted[-1] + 1 :]) > 1
 
 
 def _copied(op: Op, local: list[int]) -> int:
-    """Elements of the sides of a contraction that are copied where the left one is `_turned`."""
-    if op.name != "stablehlo.convolution" or not _turned(op, local):
-        return _turned(op, local)
-    return sum(math.prod(local[f] for dim in dims for f in dim) for dims in op.rule.operands[:2])
+    """Elements that are copied where the left side is `_turned`: of convolutions both sides; matrices are not."""
+    if not _turned(op, local) or _matrices(op):
+        return 0
+    return _elements(op, local, 2 if op.name == "stablehlo.convolution" else 1)
+
+
+def _elements(op: Op, local: list[int], operands: int) -> int:
+    """Elements that a device has of the first operands together."""
+    return sum(math.prod(local[f] for dim in dims for f in dim) for dims in op.rule.operands[:operands])
 
 
 def _matrices(op: Op) -> bool:

@@ -35,11 +35,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def measured_here():
-    """What `Cluster.local()` measures by few runs, as tests need figures but no good ones; kept for their processes."""
+def measured_here(tmp_path_factory):
+    """The folder where `Cluster.local()` kept what it measured by few runs: tests need figures, but no good ones."""
     from alpa_like import Cluster, profiling
 
+    folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
-        for name, few in {"_PAIRS": 1, "_RUNS": 1, "_TYPICAL_RUNS": 2}.items():
-            patch.setattr(profiling, name, few)
-        return Cluster.local(recalibrate=True)
+        patch.setenv("ALPA_LIKE_CACHE_DIR", str(folder))
+        patch.setattr(profiling, "_PAIRS", 1)
+        patch.setattr(profiling, "_TYPICAL_RUNS", 2)
+        Cluster.local()
+    return folder

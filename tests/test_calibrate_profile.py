@@ -191,7 +191,7 @@ def test_rates_are_fitted_through_two_dense_steps(monkeypatch, rate, nbytes_per_
     monkeypatch.setattr(profiling, "_dense_step", lambda mesh, *shape: (shape, None))
     monkeypatch.setattr(profiling, "_once", lambda shape, _: seconds(*shape))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    assert profiling.reached(mesh, PROFILE) == pytest.approx((rate, nbytes_per_s))
+    assert profiling._reached(mesh, PROFILE) == pytest.approx((rate, nbytes_per_s))
 
 
 @pytest.mark.parametrize("depth", [2, 5])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,13 @@ AT_ONCE = 2
 """Planning and compiling take one core most of the time."""
 
 
-def run(notebook, folder):
+def run(notebook, folder, measured):
     # 01 plans for this machine: what was measured here once must not decide what is tested.
+    figures = shutil.copytree(measured, folder / "figures")
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     left_out = ("NPROC", "JAX_NUM_CPU_DEVICES")  # a user has not set them
-    environment = {k: v for k, v in os.environ.items() if k not in left_out} | {"PYTHONPATH": paths}
+    environment = {k: v for k, v in os.environ.items() if k not in left_out}
+    environment |= {"PYTHONPATH": paths, "ALPA_LIKE_CACHE_DIR": str(figures)}
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(ROOT / "tests" / "notebook_worker.py")]
     return subprocess.run(
         [*command, str(notebook)], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=500
@@ -31,7 +34,7 @@ def run(notebook, folder):
 def runs(tmp_path_factory, measured_here):
     """By name, what running a notebook in a folder of its own gives; two run at a time, after what they plan for."""
     pool = ThreadPoolExecutor(AT_ONCE)
-    yield {path.stem: pool.submit(run, path, tmp_path_factory.mktemp(path.stem)) for path in NOTEBOOKS}
+    yield {path.stem: pool.submit(run, path, tmp_path_factory.mktemp(path.stem), measured_here) for path in NOTEBOOKS}
     pool.shutdown(cancel_futures=True)
 
 
