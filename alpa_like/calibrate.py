@@ -11,9 +11,10 @@ quartile of a few, and for collectives the median of pairs of runs with and with
     link                 all-reduces of several sizes over all devices, fitted to the formula for rings
     profile              what a kernel takes at least, and one of the library; simple and costly element-wise functions,
                          and the bytes that they read and write; what matmuls read and write beside their arithmetic,
-                         and what they take longer to read by columns; every kind of collective among 2, 4, … devices,
-                         as latencies and a bandwidth of its own (emulated devices only: these meet in shared memory,
-                         without a ring)
+                         and what they take longer to read by columns; what convolutions take longer that make gradients
+                         of windows, or go over an odd number of channels; every kind of collective among 2, 4, …
+                         devices, as latencies and a bandwidth of its own (emulated devices only: these meet in shared
+                         memory, without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one
 for each platform, kind and number of devices, jaxlib version and number of CPUs. A file that can't be read is measured
@@ -48,7 +49,7 @@ __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 5
+_FORMAT = 6
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}

@@ -174,7 +174,9 @@ class Profile:
     bytes_per_s: what kernels other than matmuls and convolutions read and write, copies into another order among them.
     operand_bytes_per_s: what contractions read and write beside their arithmetic, which includes bringing operands into
     blocks; None: the memory's bandwidth. columns_s: seconds per element of both sides that a matmul takes longer if it
-    reads its left side by columns.
+    reads its left side by columns; window_s: the same of a convolution that makes the gradient of a window, beside
+    copies of both sides. odd_tap_s: seconds per position of its result and of its window that a convolution over an
+    odd number of channels, such as 3, takes longer, since vectors don't divide these.
     calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
     together into few calls where they don't wait for each other.
     """
@@ -186,11 +188,13 @@ class Profile:
     library_s: float = 0.0
     operand_bytes_per_s: float | None = None
     columns_s: float = 0.0
+    window_s: float = 0.0
+    odd_tap_s: float = 0.0
     calls: tuple[CallTime, ...] = ()
     joined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what in ("kernel_s", "simple_s", "costly_s", "library_s", "columns_s"):
+        for what in ("kernel_s", "simple_s", "costly_s", "library_s", "columns_s", "window_s", "odd_tap_s"):
             _check_positive(f"a profile's {what}", getattr(self, what), or_zero=True)
         _check_positive("a profile's bytes_per_s", self.bytes_per_s)
         if self.operand_bytes_per_s is not None:

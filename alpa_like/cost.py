@@ -57,6 +57,11 @@ class CostModel(Protocol):
         """Seconds that a matmul takes longer that reads its left side by columns; `elements` of both sides."""
         ...
 
+    def convolution_s(self, taps: float, elements: float) -> float:
+        """Seconds that convolutions take longer: positions of window and result over an odd number of channels, and
+        `elements` of both sides of what is contracted over the batch."""
+        ...
+
     def copy_s(self, nbytes: float) -> float:
         """Seconds to bring so many bytes into another order, which a contraction or a collective needs; 0 if none."""
         ...
@@ -141,6 +146,10 @@ class RingCost:
     def columns_s(self, elements: float) -> float:
         return elements * self.cluster.profile.columns_s if self.cluster.profile else 0.0
 
+    def convolution_s(self, taps: float, elements: float) -> float:
+        profile = self.cluster.profile
+        return taps * profile.odd_tap_s + elements * profile.window_s if profile else 0.0
+
     def copy_s(self, nbytes: float) -> float:
         return 2 * nbytes / self.cluster.profile.bytes_per_s if self.cluster.profile else 0.0
 
@@ -178,10 +187,16 @@ class RingCost:
         return latency + sent / link.bandwidth_bytes_per_s
 
     def _waiting_s(self, call: CallTime, combined: bool) -> float:
-        """What a measured collective takes however small it is; those that are joined share it with others."""
+        """What a measured collective takes however small it is; those that are joined share it with others.
+
+        Of those that travel together but are not joined, which gather parameters, some run in a row and others between
+        the kernels of small layers: the mean of both.
+        """
         if combined and self._joined(call.kind):
             return 0.0
-        return call.latency_s if call.queued_s is None or not combined else call.queued_s
+        if not combined or call.queued_s is None:
+            return call.latency_s
+        return (call.latency_s + call.queued_s) / 2
 
     def _joined(self, kind: str) -> bool:
         return self.cluster.profile is not None and kind in self.cluster.profile.joined

@@ -8,6 +8,7 @@ Collectives in a row, by which a step gathers its parameters, are measured too; 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +42,9 @@ _SMALL = (8, 64)
 
 _COLUMNS = (1024, 256)
 """Rows and columns of both sides of the matmul that reads its left side by columns."""
+
+_IMAGES, _CHANNELS, _FEATURES, _WINDOW = (4, 16, 16), 64, 32, 7
+"""Images on a device; channels and features of what makes the gradient of a window, and a window over few channels."""
 
 _RUNS, _TIMES, _KERNELS = 5, 8, 64
 
@@ -99,7 +103,11 @@ def profile_of(mesh: Mesh) -> tuple[Profile, float]:
 
     def start_s(kernel: _Step, rows: int, width: int) -> float:
         """Seconds that a kernel takes which has next to nothing to do."""
-        return max(0.0, _seconds(mesh, partial(_repeat, kernel, _KERNELS), rows, width) - empty) / _KERNELS
+        many, none = (
+            _ready(mesh, step, rows, width, ("devices",), 0.5)
+            for step in (partial(_repeat, kernel, _KERNELS), _nothing)
+        )
+        return max(0.0, _paired(many, none)) / _KERNELS
 
     elements = _TIMES * _ROWS * _WIDTH
     simple = _seconds(mesh, partial(_repeat, _sixteen, _TIMES), _ROWS, _WIDTH) - empty
@@ -111,6 +119,8 @@ def profile_of(mesh: Mesh) -> tuple[Profile, float]:
         bytes_per_s=rounded(_bytes_per_s(mesh, empty)),
         library_s=rounded(start_s(_product, *_SMALL)),
         columns_s=rounded(_columns_s(mesh)),
+        window_s=rounded(_window_s(mesh)),
+        odd_tap_s=rounded(_odd_tap_s(mesh)),
         calls=tuple(sorted(_calls(mesh), key=lambda call: (call.kind, call.members))),
         joined=_JOINED,
     )
@@ -166,6 +176,45 @@ def _columns_s(mesh: Mesh) -> float:
 
     turned, plain = ready(True, (rows, width)), ready(False, (width, rows))
     return max(0.0, _paired(turned, plain)) / (_TIMES * 2 * rows * width)
+
+
+def _window_s(mesh: Mesh) -> float:
+    """Seconds per element of both sides that the gradient of a window takes longer than the convolution."""
+    pixels = math.prod(_IMAGES)
+
+    def convolve(gradient: bool, x: jax.Array) -> jax.Array:
+        y = x.reshape(*_IMAGES, _CHANNELS) * 0.5
+        numbers, window = (("CHWN", "IHWO", "HWNC"), y) if gradient else (("NHWC", "HWIO", "NHWC"), y[0, :1, :1, :1])
+        window = window if gradient else jnp.broadcast_to(window, (1, 1, _CHANNELS, _CHANNELS))
+
+        def once(_: int, x: jax.Array) -> jax.Array:
+            return _convolution(x.reshape(y.shape), window, numbers).reshape(-1, _CHANNELS)
+
+        return _kept_apart(once, x)
+
+    turned, plain = (
+        _ready(mesh, partial(convolve, gradient), pixels, _CHANNELS, ("devices",), 0.5) for gradient in (True, False)
+    )
+    return max(0.0, _paired(turned, plain)) / (_TIMES * 2 * pixels * _CHANNELS)
+
+
+def _odd_tap_s(mesh: Mesh) -> float:
+    """Seconds per position of result and window that a convolution over 3 channels takes longer than one over 4."""
+    pixels = math.prod(_IMAGES)
+
+    def ready(channels: int) -> _Ready:
+        def once(_: int, x: jax.Array) -> jax.Array:
+            window = jnp.full((_WINDOW, _WINDOW, channels, _FEATURES), 1e-2, jnp.float32)
+            images = x.reshape(*_IMAGES, channels)
+            return _convolution(images, window, ("NHWC", "HWIO", "NHWC"), "SAME").reshape(-1, _FEATURES)
+
+        return _ready(mesh, partial(_kept_apart, once), pixels, channels, ("devices",), 0.5)
+
+    return max(0.0, _paired(ready(3), ready(4))) / (_TIMES * pixels * _WINDOW**2)
+
+
+def _convolution(x: jax.Array, window: jax.Array, numbers: tuple[str, str, str], padding: str = "VALID") -> jax.Array:
+    return jax.lax.conv_general_dilated(x, window, (1, 1), padding, dimension_numbers=numbers)
 
 
 def _seconds(mesh: Mesh, step: _Step, rows: int, width: int, *, typical: bool = False) -> float:

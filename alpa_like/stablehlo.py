@@ -337,7 +337,8 @@ def _single_factors(rule: Rule, dims: tuple[tuple[int, ...], ...], shape: tuple[
 def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) -> float:
     """Floating-point operations of one execution: 2 per multiply-add of contractions, 1 per element otherwise.
 
-    What only takes out or puts in a part has none, however large the whole is.
+    What only takes out or puts in a part has none, however large the whole is. A convolution multiplies nothing by the
+    zeros between the elements of a dilated left side, which the gradient of one with strides has.
     """
     if name in ("stablehlo.dynamic_slice", "stablehlo.dynamic_update_slice", "stablehlo.gather"):
         return 0.0
@@ -346,7 +347,8 @@ def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) ->
     if name == "stablehlo.convolution":
         numbers = re.search(r"x\[([^\]]*)\]->", str(handle.attributes["dimension_numbers"]))
         features = shapes[1][numbers[1].split(", ").index("o")] if numbers else 1
-        return 2.0 * math.prod(shapes[2]) * math.prod(shapes[1]) / features
+        dilation = math.prod(handle.attributes["lhs_dilation"]) if "lhs_dilation" in handle.attributes else 1
+        return 2.0 * math.prod(shapes[2]) * math.prod(shapes[1]) / features / dilation
     return float(max((math.prod(s) for s in shapes), default=0))
 
 

@@ -64,7 +64,7 @@ _COSTLY = frozenset(
 
 _WORK = {
     **dict.fromkeys(_COSTLY, 0.0),
-    **{f"stablehlo.{n}": 0.0 for n in ("convert", "reshape", "transpose", "bitcast_convert")},
+    **{f"stablehlo.{n}": 0.0 for n in ("broadcast_in_dim", "convert", "reshape", "transpose", "bitcast_convert")},
     **{f"stablehlo.{n}": 4.0 for n in ("maximum", "minimum", "select", "compare")},
     **{f"stablehlo.{n}": 8.0 for n in ("divide", "sqrt", "remainder")},
 }
@@ -375,8 +375,10 @@ class _Builder:
         if op.name not in _CONTRACTIONS:
             launch_s = self.cost.library_s if op.name == "stablehlo.reduce" else self.cost.launch_s
             return launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
-        other_order_s = self.other_order_s(op, strategy, local, sizes[0][1]) if _turned(op, local) else 0.0
-        return self.cost.kernel_s(op.flops * share, touched, dtype) + other_order_s
+        seconds = self.cost.kernel_s(op.flops * share, touched, dtype)
+        if _turned(op, local):
+            return seconds + self.other_order_s(op, strategy, local, sizes[0][1])
+        return seconds + self.cost.convolution_s(_odd_taps(op, local, op.flops * share), 0)
 
     def other_order_s(self, op: Op, strategy: State, local: list[int], bits: int) -> float:
         """Seconds for a left side that is contracted over its columns, as in gradients of weights.
@@ -385,6 +387,9 @@ class _Builder:
         what is transposed behind the contraction, unless it is reduced before: it then makes the transpose instead, by
         reading both sides by columns.
         """
+        if op.name == "stablehlo.convolution":
+            elements = _copied(op, local)
+            return self.cost.copy_s(elements * bits / 8) + self.cost.convolution_s(0, elements)
         if _matrices(op):
             return self.cost.columns_s(_elements(op, local, 2))
         summed = any(f in op.rule.reduction for f in strategy if f >= 0)
@@ -612,6 +617,16 @@ def _copied(op: Op, local: list[int]) -> int:
     if not _turned(op, local) or _matrices(op):
         return 0
     return _elements(op, local, 2 if op.name == "stablehlo.convolution" else 1)
+
+
+def _odd_taps(op: Op, local: list[int], flops: float) -> float:
+    """Positions of a convolution's result and of its window, where both go over an odd number of channels."""
+    if op.name != "stablehlo.convolution":
+        return 0.0
+    left, right, result = ({f for dim in dims for f in dim} for dims in (*op.rule.operands, op.rule.results[0]))
+    channels = math.prod(local[f] for f in left & right & op.rule.reduction)
+    features = math.prod(local[f] for f in (right & result) - left)
+    return flops / (2 * channels * features) if channels % 2 and channels > 1 else 0.0
 
 
 def _elements(op: Op, local: list[int], operands: int) -> int:

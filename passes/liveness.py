@@ -147,13 +147,18 @@ class Liveness:
         return readers[0], readers[-1] + 1
 
     def passes(self, tensor: int) -> float:
-        """How often a tensor goes through memory in element-wise work, times its op's count: one write, one read."""
+        """How often a tensor goes through memory in element-wise work, times its op's count: one write, one read.
+
+        Results of the program that nothing reads are written only.
+        """
         maker = self.graph.tensors[tensor].op
         if maker < 0:
-            return sum(1.0 for op, _ in self.graph.uses[tensor] if self.graph.ops[op].elementwise)
+            return float(len({op for op, _ in self.graph.uses[tensor] if self.graph.ops[op].elementwise}))
         op = self.graph.ops[maker]
         fills = all(not self.graph.tensors[t].shape for t in op.operands)  # the reader's cost includes the fill
-        return 2.0 * op.count if op.elementwise and self.materialized[tensor] and not fills else 0.0
+        if not op.elementwise or not self.materialized[tensor] or fills:
+            return 0.0
+        return (2.0 if self.graph.uses[tensor] else 1.0) * op.count
 
 
 def _fusible(op: Op) -> bool:

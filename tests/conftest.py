@@ -3,15 +3,12 @@
 import os
 import signal
 from importlib.metadata import version
-from pathlib import Path
 
 # XLA's CPU thread pool starves, and collectives deadlock, when it has fewer threads than queued device programs.
 os.environ.setdefault("NPROC", "16")  # as `alpa.init` has it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Ray reads this when it is imported. It means: this machine only, so that all is on 127.0.0.1.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-# What is measured under the flags below is not for the user's programs. `make clean` removes it.
-os.environ.setdefault("ALPA_LIKE_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "alpa_like"))
 
 import jax
 import pytest
@@ -34,15 +31,26 @@ os.environ["XLA_FLAGS"] = " ".join([*quick, *os.environ.get("XLA_FLAGS", "").spl
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
-def measured_here(tmp_path_factory):
-    """The folder where `Cluster.local()` kept what it measured by few runs: tests need figures, but no good ones."""
-    from alpa_like import Cluster, profiling
+@pytest.fixture(scope="session", autouse=True)
+def figures(tmp_path_factory):
+    """The folder where `Cluster.local()` keeps what it measures; by few runs, since tests need no good figures.
+
+    It is gone after the tests: what is measured under the flags above is not for the user's programs.
+    """
+    from alpa_like import profiling
 
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALPA_LIKE_CACHE_DIR", str(folder))
         patch.setattr(profiling, "_PAIRS", 1)
         patch.setattr(profiling, "_TYPICAL_RUNS", 2)
-        Cluster.local()
-    return folder
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def measured_here(figures):
+    """The same folder, after all devices were measured."""
+    from alpa_like import Cluster
+
+    Cluster.local()
+    return figures

@@ -28,7 +28,7 @@ CALLS = (
     CallTime("all-gather", 8, 4e-5, 2e9, 1.5e-5),
     CallTime("all-reduce", 2, 3e-5, 5e8),
 )
-PROFILE = Profile(2e-6, 1e-10, 4e-9, 5e9, 6e-6, 2e9, 7e-9, CALLS, ("all-reduce",))
+PROFILE = Profile(2e-6, 1e-10, 4e-9, 5e9, 6e-6, 2e9, 7e-9, 3e-9, 5e-8, CALLS, ("all-reduce",))
 PLAIN = Cluster(
     "plain",
     1,
@@ -53,7 +53,7 @@ def test_profile_survives_json_and_is_left_out_where_there_is_none():
 
 def test_profiles_of_older_files_are_read():
     data = EMULATED.to_json()
-    for figure in ("bytes_per_s", "library_s", "operand_bytes_per_s", "columns_s"):
+    for figure in ("bytes_per_s", "library_s", "operand_bytes_per_s", "columns_s", "window_s", "odd_tap_s"):
         del data["profile"][figure]
     for call in data["profile"]["calls"]:
         del call["queued_s"]
@@ -73,7 +73,7 @@ def test_calls_out_of_order_are_named(calls):
     ("kind", "mesh", "axes", "combined", "seconds"),
     [
         ("all-gather", (8,), (0,), False, 4e-5 + 1e6 / 2e9),
-        ("all-gather", (8,), (0,), True, 1.5e-5 + 1e6 / 2e9),  # one of many; the compiler joins all-reduces only
+        ("all-gather", (8,), (0,), True, 2.75e-5 + 1e6 / 2e9),  # not joined: the mean of one of many and one alone
         ("all-gather", (4, 2), (1,), True, 1e-5 + 1e6 / 1e9),  # not measured in a row
         ("all-gather", (2, 4), (1,), False, 1e-5 + 1e6 / 1e9),  # no entry for 4: that of the most members below
         ("all-reduce", (8,), (0,), False, 3e-5 + 1e6 / 5e8),
@@ -99,6 +99,7 @@ def test_kernels_by_hand():
     c, plain = cost(EMULATED), cost(PLAIN)
     assert c.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 5e-4)
     assert (c.columns_s(1e6), c.copy_s(1e6)) == pytest.approx((7e-3, 4e-4))
+    assert c.convolution_s(1e3, 1e6) == pytest.approx(5e-5 + 3e-3)
     old = cost(dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, operand_bytes_per_s=None)))
     assert old.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 1e-4)
     assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9 + 8e-10)  # work, then memory: `exposed` is 1
@@ -107,9 +108,12 @@ def test_kernels_by_hand():
     assert plain.kernel_s(1e7, 1e6, "f32") == plain.compute_s(1e7, 1e6, "f32")
     assert plain.elementwise_s(100, 100, 4) == plain.compute_s(0.0, 4.0, "f32")
     assert plain.launch_s == plain.library_s == plain.columns_s(1e9) == plain.copy_s(1e9) == 0.0
+    assert plain.convolution_s(1e9, 1e9) == 0.0
 
 
-@pytest.mark.parametrize("figure", ["kernel_s", "library_s", "operand_bytes_per_s", "columns_s"])
+@pytest.mark.parametrize(
+    "figure", ["kernel_s", "library_s", "operand_bytes_per_s", "columns_s", "window_s", "odd_tap_s"]
+)
 def test_negative_figures_are_named(figure):
     with pytest.raises(ClusterError, match=figure):
         dataclasses.replace(PROFILE, **{figure: -1e-9})
@@ -230,7 +234,8 @@ def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest
 
 
 def test_a_pair_is_the_median_of_differences(monkeypatch: pytest.MonkeyPatch):
-    runs = [[90, 1], [70, 1], *[[3, 1]] * (profiling._PAIRS - 1)]  # the first pair compiles, the second meets others
+    monkeypatch.setattr(profiling, "_PAIRS", 7)
+    runs = [[90, 1], [70, 1], *[[3, 1]] * 6]  # the first pair compiles, the second meets others
     clock = iter(np.cumsum([t for with_, without in runs for t in (0, with_, 0, without)]))
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
     assert profiling._paired((lambda x: x, 0.0), (lambda x: x, 0.0)) == 2.0
@@ -343,9 +348,33 @@ def test_gradients_of_convolutions_read_copies_of_both_sides():
 
     method = alpa.ManualParallel((P("x"), P("x")), out_specs=P(), mesh_shape=(8,))
     step = alpa.parallelize(kernel_gradient, method=method)
-    profiles = [dataclasses.replace(PROFILE, bytes_per_s=rate) for rate in (1e8, 1e30)]
+    figures = {"bytes_per_s": 1e8}, {"bytes_per_s": 1e30, "window_s": 1e-7}, {"bytes_per_s": 1e30, "window_s": 0.0}
+    profiles = [dataclasses.replace(PROFILE, **changed) for changed in figures]
     found = [step.plan(x, g, cluster=dataclasses.replace(EMULATED, profile=p)).predicted for p in profiles]
     copied = 8 * 16 * 16 * (32 + 8)
-    assert found[0].compute_time_s - found[1].compute_time_s == pytest.approx(2 * 4 * copied / 1e8, rel=0.05)
+    free = found[2].compute_time_s + copied * PROFILE.window_s
+    assert found[0].compute_time_s - free == pytest.approx(2 * 4 * copied / 1e8, rel=0.05)
+    assert found[1].compute_time_s - found[2].compute_time_s == pytest.approx(copied * 1e-7, rel=0.01)
     compiled = step.compile(x, g, cluster=EMULATED).memory_bytes()
     assert found[0].peak_memory_bytes == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.parametrize(("channels", "stride", "taps"), [(3, 1, 1), (3, 2, 1 / 4), (4, 1, 0), (1, 1, 0), (9, 1, 1)])
+def test_an_odd_number_of_channels_takes_longer_at_every_position_of_window_and_result(channels, stride, taps):
+    def step(x, window):
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(x, window, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, window = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 32, 32, channels), (7, 7, channels, 64)))
+    method = alpa.ManualParallel((P("x"), None), out_specs=P("x"), mesh_shape=(8,))
+    profiles = [dataclasses.replace(PROFILE, odd_tap_s=figure) for figure in (1e-7, 0.0)]
+    clusters = (dataclasses.replace(EMULATED, profile=p) for p in profiles)
+    odd, even = (alpa.parallelize(step, method=method).plan(x, window, cluster=c).predicted for c in clusters)
+    expected = 1e-7 * taps * 2 * 32 * 32 * 7 * 7
+    assert odd.compute_time_s - even.compute_time_s == pytest.approx(expected, rel=1e-6)
+
+
+def test_convolutions_are_measured_with_what_makes_them_slow():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    for measure in (profiling._window_s, profiling._odd_tap_s):
+        assert 0 <= measure(mesh) < 1e-5

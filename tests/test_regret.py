@@ -49,6 +49,10 @@ def test_verdict_by_hand():
     assert found.rank == pytest.approx(0.5)
     assert found.time_error == pytest.approx(np.mean([10 / 15, 7.5 / 13.5, 22 / 30]))
     assert found.memory_error == pytest.approx(0.1)
+    assert found.repeats == pytest.approx(1)
+    slower = regret.judge(rows, times, machine=1.5)
+    assert slower.steady_error == pytest.approx(np.mean([7.5 / 15, 4.5 / 13.5, 18 / 30]))
+    assert slower.time_error == found.time_error == found.steady_error
 
 
 def test_luck_in_half_of_the_rounds_is_no_regret():
