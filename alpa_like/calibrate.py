@@ -3,7 +3,8 @@
 All devices are busy in every measurement, because emulated CPU devices share cores and memory: the figures are what
 one device gets while a sharded program runs on all of them. Each figure is that of the fastest of a few runs, because
 whatever else runs on the machine only slows them down. What emulated devices do as in a train step is the lower
-quartile of a few, and for collectives the median of pairs of runs with and without them. Measured are
+quartile of a few; what one thing takes longer than another, such as a step with collectives than one without, is the
+median of pairs of runs. Measured are
 
     FLOP/s per dtype     a large matmul of row-major arrays; for emulated devices also what share of that matmuls
                          reach in a step through dense layers

@@ -75,7 +75,8 @@ def _bytes(text: str) -> float:
 
 
 _PLAN_TEXT = f"""
-    Plan a train step for a cluster that need not be here. Nothing is allocated and nothing runs on a device.
+    Plan a train step for a cluster that need not be here. Nothing is allocated, and no step runs on a device; only
+    `--cluster local` measures the devices here, the first time.
 
     The file is imported, so keep what is to run below `if __name__ == "__main__":`. It holds the step, decorated with
     @alpa.parallelize or not, and a function that says what it is called with:

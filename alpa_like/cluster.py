@@ -144,8 +144,8 @@ class Link:
 class CallTime:
     """A collective among `members` devices of a host takes `latency_s`, plus its buffer at `bytes_per_s`.
 
-    The buffer is the one that `cost.ring_bytes` takes. All groups of the host communicate at once. `queued_s` takes the
-    place of `latency_s` for one of many that the devices run in a row, as they gather parameters; None: it is the same.
+    The buffer is the one that `cost.ring_bytes` takes. All groups of the host communicate at once. `queued_s` is the
+    latency of one of many that the devices run in a row, as they gather parameters; None: it is the same.
     """
 
     kind: str
@@ -175,8 +175,8 @@ class Profile:
     operand_bytes_per_s: what contractions read and write beside their arithmetic, which includes bringing operands into
     blocks; None: the memory's bandwidth. columns_s: seconds per element of both sides that a matmul takes longer if it
     reads its left side by columns; window_s: the same of a convolution that makes the gradient of a window, beside
-    copies of both sides. odd_tap_s: seconds per position of its result and of its window that a convolution over an
-    odd number of channels, such as 3, takes longer, since vectors don't divide these.
+    copies of both sides. odd_tap_s: seconds that a convolution over an odd number of channels, such as 3, takes longer
+    for each position of its result and each of its window, as its patches are then put together one by one.
     calls: collectives inside a host, instead of the formulas for rings. joined: the kinds that the compiler puts
     together into few calls where they don't wait for each other.
     """

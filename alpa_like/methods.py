@@ -276,6 +276,13 @@ def _is_spec(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec | NamedSharding)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A leaf with what is given for it, which may be None."""
+
+    spec: Any
+
+
 def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
     """One spec per leaf from a pytree prefix of specs."""
     if given is None:
@@ -284,14 +291,16 @@ def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
     if isinstance(given, Sequence) and not _is_spec(given) and isinstance(full, tuple):
         given = tuple(given)
     try:
-        found = jax.tree.map(lambda spec, part: jax.tree.map(lambda _: (spec,), part), given, full, is_leaf=_is_spec)
+        found = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: _Entry(spec), part), given, full, is_leaf=_is_spec
+        )
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise MethodError(f"the specs are no tree prefix of what they are for: {reason[:400]}") from None
-    flat = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1)
+    flat = jax.tree.leaves(found)
     if len(flat) != tree.num_leaves:
         raise MethodError(f"expected specs for {tree.num_leaves} leaves, found {len(flat)}")
-    return [_as_partition(entry[0]) for entry in flat]
+    return [_as_partition(entry.spec) for entry in flat]
 
 
 def _as_partition(spec: Any) -> PartitionSpec | None:

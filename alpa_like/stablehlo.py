@@ -205,7 +205,10 @@ class _Reader:
             attribute = op.attributes["sdy.sharding_rule"]
             if attribute not in self.rules:
                 self.rules[attribute] = _parse_rule(attribute)
-            return _restrict(op, self.rules[attribute]), True
+            rule = self.rules[attribute]
+            if op.name == "stablehlo.convolution":
+                rule = _with_windows(rule, [self.type_of(v)[0] for v in (*op.operands, *op.results)])
+            return _restrict(op, rule), True
         ins = [self.type_of(v)[0] for v in op.operands]
         outs = [self.type_of(v)[0] for v in op.results]
         if op.name in _FREE and len(outs) == 1:
@@ -249,6 +252,19 @@ def _parse_rule(attribute: Any) -> Rule:
         frozenset(rule.reduction_factors) - frozenset(fixed),
         frozenset(fixed),
     )
+
+
+def _with_windows(rule: Rule, shapes: list[tuple[int, ...]]) -> Rule:
+    """The rule of a convolution with a fixed factor for each dim of its window; those of Shardy's rules are smaller."""
+    sizes, tensors = list(rule.sizes), [list(dims) for dims in (*rule.operands, *rule.results)]
+    for dims, shape in zip(tensors, shapes, strict=True):
+        for k, size in enumerate(shape):
+            if math.prod(sizes[f] for f in dims[k]) < size:
+                dims[k] = (len(sizes),)
+                sizes.append(size)
+    operands, results = tensors[: len(rule.operands)], tensors[len(rule.operands) :]
+    fixed = rule.fixed | frozenset(range(len(rule.sizes), len(sizes)))
+    return Rule(tuple(sizes), tuple(map(tuple, operands)), tuple(map(tuple, results)), rule.reduction, fixed)
 
 
 def _restrict(op: Any, rule: Rule) -> Rule:
@@ -337,8 +353,9 @@ def _single_factors(rule: Rule, dims: tuple[tuple[int, ...], ...], shape: tuple[
 def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) -> float:
     """Floating-point operations of one execution: 2 per multiply-add of contractions, 1 per element otherwise.
 
-    What only takes out or puts in a part has none, however large the whole is. A convolution multiplies nothing by the
-    zeros between the elements of a dilated left side, which the gradient of one with strides has.
+    What only takes out or puts in a part has none, however large the whole is. The zeros between the elements of a
+    dilated left side, which the gradient of a convolution with strides has, are not counted: cuDNN, and XLA's CPU
+    backend in two dimensions without groups, multiply nothing by them.
     """
     if name in ("stablehlo.dynamic_slice", "stablehlo.dynamic_update_slice", "stablehlo.gather"):
         return 0.0
@@ -346,7 +363,7 @@ def _flops(handle: Any, name: str, shapes: list[tuple[int, ...]], rule: Rule) ->
         return 2.0 * math.prod(rule.sizes)
     if name == "stablehlo.convolution":
         numbers = re.search(r"x\[([^\]]*)\]->", str(handle.attributes["dimension_numbers"]))
-        features = shapes[1][numbers[1].split(", ").index("o")] if numbers else 1
+        features = max(1, shapes[1][numbers[1].split(", ").index("o")]) if numbers else 1
         dilation = math.prod(handle.attributes["lhs_dilation"]) if "lhs_dilation" in handle.attributes else 1
         return 2.0 * math.prod(shapes[2]) * math.prod(shapes[1]) / features / dilation
     return float(max((math.prod(s) for s in shapes), default=0))

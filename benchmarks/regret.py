@@ -16,11 +16,10 @@ model, as a shared machine is not equally fast all the time. Per model:
     measured     the regret of that plan which is fastest in the first half of the rounds, of the three candidates with
                  the best predictions and the chosen one; judged by the other half (what `alpa.tune` would choose)
     rank         Spearman's rank correlation of predicted and measured step times
-    repeats      the same of the times in one half of the rounds and in the other: noise allows no prediction more
+    reachable    the rank correlation that exact predictions would reach in spite of noise: √(2r / (1 + r)) for a
+                 correlation r of the times in one half of the rounds and in the other (Spearman-Brown)
     time, memory mean absolute error of predictions, over the candidates that have one; memory is XLA's own figure
     level        predicted over measured step time, in the geometric mean
-    machine      a reference step in the rounds over the same step when the devices were measured
-    steady       the error of time if the devices were as fast as then: predictions times `machine`
 """
 
 from __future__ import annotations
@@ -30,30 +29,24 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import alpa_like as alpa
 from alpa_like.calibrate import measure
 from benchmarks.candidates import DEVICES, MODELS, Candidate, by_hand, chosen, ours, random_plans
 from benchmarks.common import mib, parser, table
 from benchmarks.expert_times import add_options, check_options
-from benchmarks.paired import Quartiles, Runner, Seconds, keep_freed_memory, quartiles, time_in_turns
+from benchmarks.paired import Quartiles, Seconds, keep_freed_memory, quartiles, time_in_turns
 
 __all__ = ["Row", "Verdict", "judge", "main", "spearman"]
 
 TUNED = 4
 """How many plans are timed where the choice is measured."""
-
-REFERENCE_RUNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +71,10 @@ class Verdict:
     by_hand: Quartiles | None
     measured_regret: float
     rank: float
-    repeats: float
+    reachable: float
     time_error: float
     memory_error: float
     level: float
-    machine: float
-    steady_error: float
 
 
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -100,7 +91,7 @@ def _ranks(values: Seconds) -> Seconds:
     return less + (equal - 1) / 2
 
 
-def judge(rows: Sequence[Row], seconds: Seconds, machine: float = 1.0) -> Verdict:
+def judge(rows: Sequence[Row], seconds: Seconds) -> Verdict:
     """`seconds` is [rounds, candidates] in the order of `rows`, of which the first is the chosen plan."""
     best = int(np.argmin(np.median(seconds, axis=0)))
     hand = [i for i, r in enumerate(rows) if r.predicted_s is None]
@@ -115,18 +106,19 @@ def judge(rows: Sequence[Row], seconds: Seconds, machine: float = 1.0) -> Verdic
         quartiles(1 / _to_fastest(seconds, hand)) if hand else None,
         _measured_regret(rows, seconds),
         spearman(predicted, measured),
-        _repeats(seconds[:, [i for i, r in enumerate(rows) if r.predicted_s is not None]]),
+        _reachable(seconds[:, [i for i, r in enumerate(rows) if r.predicted_s is not None]]),
         float(np.abs(predicted / measured - 1).mean()),
         float(np.abs(memory - 1).mean()),
         float(np.exp(np.log(predicted / measured).mean())),
-        machine,
-        float(np.abs(machine * predicted / measured - 1).mean()),
     )
 
 
-def _repeats(seconds: Seconds) -> float:
-    """Rank correlation of what the two halves of the rounds say."""
-    return spearman(*(np.median(half, axis=0) for half in _halves(seconds)))
+def _reachable(seconds: Seconds) -> float:
+    """Rank correlation of exact predictions and the noisy medians of all rounds; not a number for a single round."""
+    if len(seconds) < 2:
+        return float("nan")
+    repeated = max(0.0, spearman(*(np.median(half, axis=0) for half in _halves(seconds))))
+    return (2 * repeated / (1 + repeated)) ** 0.5
 
 
 def _halves(seconds: Seconds) -> tuple[Seconds, Seconds]:
@@ -161,13 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     alpa.init(num_devices=DEVICES)
     clusters, found = dict[str, alpa.Cluster](), dict[str, tuple[list[Row], Verdict]]()
-    reference = _reference()
     for model in options.models:
         start = time.perf_counter()
-        before = time_in_turns([reference], REFERENCE_RUNS, "reference")[options.clock]
         clusters[model] = measure(jax.devices())
-        after = time_in_turns([reference], REFERENCE_RUNS, "reference")[options.clock]
-        found[model] = _measure(model, clusters[model], options, reference, float(np.median([before, after])))
+        found[model] = _measure(model, clusters[model], options)
         print(f"\n{model}, {time.perf_counter() - start:.0f} s\n\n{_table(found[model][0])}", flush=True)
     print(f"\n{options.clock} time, {options.rounds} rounds\n\n{_summary({m: v for m, (_, v) in found.items()})}")
     if options.json:
@@ -180,33 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(options.chart, {m: rows for m, (rows, _) in found.items()}, options.clock)
 
 
-def _reference() -> Runner:
-    """A step of `jax.jit` with all that a train step has: matmuls, element-wise work and an all-reduce."""
-    mesh = jax.make_mesh((DEVICES,), ("x",))
-    weights = jnp.full((4, 512, 512), 1 / 512, device=NamedSharding(mesh, P()))
-    batch = jnp.ones((DEVICES * 256, 512), device=NamedSharding(mesh, P("x")))
-
-    def loss(weights: jax.Array, batch: jax.Array) -> jax.Array:
-        return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch, weights, unroll=True)[0] ** 2)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(weights: jax.Array, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(weights, batch)
-        return weights - 1e-3 * gradient, value
-
-    return Runner(step, weights, batch)
-
-
-def _measure(
-    model: str, cluster: alpa.Cluster, options: argparse.Namespace, reference: Runner, reference_s: float
-) -> tuple[list[Row], Verdict]:
+def _measure(model: str, cluster: alpa.Cluster, options: argparse.Namespace) -> tuple[list[Row], Verdict]:
     task = MODELS[model]()
     every = [chosen(task, cluster), *ours(task, cluster), *random_plans(task, cluster, options.random)]
     candidates = [*_different(every), *by_hand(task, model, few=True)]
-    timed = time_in_turns([*(c.runner(task) for c in candidates), reference], options.rounds, model)[options.clock]
-    seconds, machine = timed[:, :-1], float(np.median(timed[:, -1])) / reference_s
+    seconds = time_in_turns([c.runner(task) for c in candidates], options.rounds, model)[options.clock]
     rows = [_row(c, seconds[:, i], seconds[:, 0]) for i, c in enumerate(candidates)]
-    return rows, judge(rows, seconds, machine)
+    return rows, judge(rows, seconds)
 
 
 def _different(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -254,11 +223,9 @@ def _summary(verdicts: dict[str, Verdict]) -> str:
             str(v.by_hand or ""),
             f"{v.measured_regret:.1%}",
             f"{v.rank:.2f}",
-            f"{v.repeats:.2f}",
+            f"{v.reachable:.2f}",
             f"{v.time_error:.1%}",
             f"{v.level:.2f}",
-            f"{v.machine:.2f}",
-            f"{v.steady_error:.1%}",
             f"{v.memory_error:.1%}",
         )
         for model, v in verdicts.items()
@@ -271,11 +238,9 @@ def _summary(verdicts: dict[str, Verdict]) -> str:
         "by hand",
         "measured",
         "rank",
-        "repeats",
+        "reachable",
         "time error",
         "level",
-        "machine",
-        "steady",
         "memory error",
     )
     return table(heads, lines)

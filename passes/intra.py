@@ -376,20 +376,26 @@ class _Builder:
             launch_s = self.cost.library_s if op.name == "stablehlo.reduce" else self.cost.launch_s
             return launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
         seconds = self.cost.kernel_s(op.flops * share, touched, dtype)
-        if _turned(op, local):
-            return seconds + self.other_order_s(op, strategy, local, sizes[0][1])
-        return seconds + self.cost.convolution_s(_odd_taps(op, local, op.flops * share), 0)
+        if op.name == "stablehlo.convolution":
+            return seconds + self.convolution_s(op, local, op.flops * share, sizes[0][1])
+        return seconds + (self.other_order_s(op, strategy, local, sizes[0][1]) if _turned(op, local) else 0.0)
+
+    def convolution_s(self, op: Op, local: list[int], flops: float, bits: int) -> float:
+        """Seconds beside its arithmetic: both sides are copied where channels don't come last.
+
+        Where these are images, the convolution makes the gradient of a window. Grouped ones are taken for plain ones.
+        """
+        copied_s = self.cost.copy_s(_copied(op, local) * bits / 8)
+        if _makes_window(op, local):
+            return copied_s + self.cost.window_s(_elements(op, local, 2))
+        return copied_s + self.cost.odd_taps_s(_odd_taps(op, local, flops))
 
     def other_order_s(self, op: Op, strategy: State, local: list[int], bits: int) -> float:
         """Seconds for a left side that is contracted over its columns, as in gradients of weights.
 
-        XLA's CPU backend copies it, and for convolutions the right side too; but it reads matrices as they lie, and
-        what is transposed behind the contraction, unless it is reduced before: it then makes the transpose instead, by
-        reading both sides by columns.
+        XLA's CPU backend copies it; but it reads matrices as they lie, and what is transposed behind the contraction,
+        unless it is reduced before: it then makes the transpose instead, by reading both sides by columns.
         """
-        if op.name == "stablehlo.convolution":
-            elements = _copied(op, local)
-            return self.cost.copy_s(elements * bits / 8) + self.cost.convolution_s(0, elements)
         if _matrices(op):
             return self.cost.columns_s(_elements(op, local, 2))
         summed = any(f in op.rule.reduction for f in strategy if f >= 0)
@@ -605,11 +611,19 @@ def _touched(name: str, nbytes: list[float]) -> float:
 
 def _turned(op: Op, local: list[int]) -> bool:
     """Whether the left side of a contraction is contracted over another than its last dim."""
-    if op.name not in _CONTRACTIONS:
-        return False
-    dims = [math.prod(local[f] for f in d) for d in op.rule.operands[0]]
-    contracted = [k for k, d in enumerate(op.rule.operands[0]) if dims[k] > 1 and set(d) & op.rule.reduction]
-    return bool(contracted) and math.prod(dims[contracted[-1] + 1 :]) > 1
+    return op.name in _CONTRACTIONS and any(local[f] > 1 for f in _behind(op, local))
+
+
+def _makes_window(op: Op, local: list[int]) -> bool:
+    """Whether a convolution makes the gradient of a window: images are contracted, and channels lie behind them."""
+    return any(local[f] > 1 for f in _behind(op, local) - op.rule.fixed)
+
+
+def _behind(op: Op, local: list[int]) -> frozenset[int]:
+    """The factors of the left side behind its last dim that is contracted; none if none is."""
+    dims = op.rule.operands[0]
+    contracted = [k for k, d in enumerate(dims) if any(local[f] > 1 for f in d) and set(d) & op.rule.reduction]
+    return frozenset(f for d in dims[contracted[-1] + 1 :] for f in d) if contracted else frozenset()
 
 
 def _copied(op: Op, local: list[int]) -> int:
@@ -620,12 +634,10 @@ def _copied(op: Op, local: list[int]) -> int:
 
 
 def _odd_taps(op: Op, local: list[int], flops: float) -> float:
-    """Positions of a convolution's result and of its window, where both go over an odd number of channels."""
-    if op.name != "stablehlo.convolution":
-        return 0.0
+    """Positions of a convolution's result times those of its window, if these go over an odd number of channels."""
     left, right, result = ({f for dim in dims for f in dim} for dims in (*op.rule.operands, op.rule.results[0]))
     channels = math.prod(local[f] for f in left & right & op.rule.reduction)
-    features = math.prod(local[f] for f in (right & result) - left)
+    features = max(1, math.prod(local[f] for f in (right & result) - left))
     return flops / (2 * channels * features) if channels % 2 and channels > 1 else 0.0
 
 

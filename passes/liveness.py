@@ -147,13 +147,14 @@ class Liveness:
         return readers[0], readers[-1] + 1
 
     def passes(self, tensor: int) -> float:
-        """How often a tensor goes through memory in element-wise work, times its op's count: one write, one read.
+        """How often a tensor goes through memory in element-wise work, as often as its op runs: one write, one read.
 
-        Results of the program that nothing reads are written only.
+        Results of the program that nothing reads are written only; arguments are read by each op, as often as it runs.
         """
         maker = self.graph.tensors[tensor].op
         if maker < 0:
-            return float(len({op for op, _ in self.graph.uses[tensor] if self.graph.ops[op].elementwise}))
+            readers = (self.graph.ops[op] for op in {op for op, _ in self.graph.uses[tensor]})
+            return sum(op.count for op in readers if op.elementwise)
         op = self.graph.ops[maker]
         fills = all(not self.graph.tensors[t].shape for t in op.operands)  # the reader's cost includes the fill
         if not op.elementwise or not self.materialized[tensor] or fills:

@@ -35,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def figures(tmp_path_factory):
     """The folder where `Cluster.local()` keeps what it measures; by few runs, since tests need no good figures.
 
-    It is gone after the tests: what is measured under the flags above is not for the user's programs.
+    What is measured under the flags above is not for the user's programs.
     """
     from alpa_like import profiling
 

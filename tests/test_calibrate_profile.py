@@ -99,7 +99,7 @@ def test_kernels_by_hand():
     c, plain = cost(EMULATED), cost(PLAIN)
     assert c.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 5e-4)
     assert (c.columns_s(1e6), c.copy_s(1e6)) == pytest.approx((7e-3, 4e-4))
-    assert c.convolution_s(1e3, 1e6) == pytest.approx(5e-5 + 3e-3)
+    assert (c.odd_taps_s(1e3), c.window_s(1e6)) == pytest.approx((5e-5, 3e-3))
     old = cost(dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, operand_bytes_per_s=None)))
     assert old.kernel_s(1e7, 1e6, "f32") == pytest.approx(6e-6 + 1e-3 + 1e-4)
     assert c.elementwise_s(10, 0, 4) == pytest.approx(1e-9 + 8e-10)  # work, then memory: `exposed` is 1
@@ -108,7 +108,7 @@ def test_kernels_by_hand():
     assert plain.kernel_s(1e7, 1e6, "f32") == plain.compute_s(1e7, 1e6, "f32")
     assert plain.elementwise_s(100, 100, 4) == plain.compute_s(0.0, 4.0, "f32")
     assert plain.launch_s == plain.library_s == plain.columns_s(1e9) == plain.copy_s(1e9) == 0.0
-    assert plain.convolution_s(1e9, 1e9) == 0.0
+    assert plain.odd_taps_s(1e9) == plain.window_s(1e9) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -359,22 +359,74 @@ def test_gradients_of_convolutions_read_copies_of_both_sides():
     assert found[0].peak_memory_bytes == pytest.approx(compiled, rel=0.1)
 
 
-@pytest.mark.parametrize(("channels", "stride", "taps"), [(3, 1, 1), (3, 2, 1 / 4), (4, 1, 0), (1, 1, 0), (9, 1, 1)])
-def test_an_odd_number_of_channels_takes_longer_at_every_position_of_window_and_result(channels, stride, taps):
+@pytest.mark.parametrize(
+    ("channels", "stride", "order", "taps"),
+    [
+        (3, 1, "NHWC", 1),
+        (3, 2, "NHWC", 1 / 4),
+        (4, 1, "NHWC", 0),
+        (1, 1, "NHWC", 0),
+        (9, 1, "NHWC", 1),
+        (3, 1, "NCHW", 1),
+    ],
+)
+def test_an_odd_number_of_channels_takes_longer_at_every_position_of_window_and_result(channels, stride, order, taps):
+    """Channels that don't come last are copied, as plain convolutions are; that makes no gradient of a window."""
+
     def step(x, window):
-        strides = (stride, stride)
-        return jax.lax.conv_general_dilated(x, window, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        numbers = (order, "HWIO", order)
+        return jax.lax.conv_general_dilated(x, window, (stride, stride), "SAME", dimension_numbers=numbers)
 
-    x, window = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 32, 32, channels), (7, 7, channels, 64)))
+    images = {"N": 16, "H": 32, "W": 32, "C": channels}
+    x = jax.ShapeDtypeStruct(tuple(images[name] for name in order), jnp.float32)
+    window = jax.ShapeDtypeStruct((7, 7, channels, 64), jnp.float32)
     method = alpa.ManualParallel((P("x"), None), out_specs=P("x"), mesh_shape=(8,))
-    profiles = [dataclasses.replace(PROFILE, odd_tap_s=figure) for figure in (1e-7, 0.0)]
-    clusters = (dataclasses.replace(EMULATED, profile=p) for p in profiles)
-    odd, even = (alpa.parallelize(step, method=method).plan(x, window, cluster=c).predicted for c in clusters)
+
+    def compute_s(**figures: float) -> float:
+        cluster = dataclasses.replace(EMULATED, profile=dataclasses.replace(PROFILE, **figures))
+        return alpa.parallelize(step, method=method).plan(x, window, cluster=cluster).predicted.compute_time_s
+
+    free = compute_s(odd_tap_s=0.0, bytes_per_s=1e30)
     expected = 1e-7 * taps * 2 * 32 * 32 * 7 * 7
-    assert odd.compute_time_s - even.compute_time_s == pytest.approx(expected, rel=1e-6)
+    assert compute_s(odd_tap_s=1e-7, bytes_per_s=1e30) - free == pytest.approx(expected, rel=1e-6)
+    assert compute_s(odd_tap_s=0.0, bytes_per_s=1e30, window_s=1e-6) == free
+    copied = 4 * channels * (2 * 32 * 32 + 7 * 7 * 64) * (order == "NCHW")
+    assert compute_s(odd_tap_s=0.0, bytes_per_s=1e6) - free == pytest.approx(2 * copied / 1e6, rel=1e-6)
 
 
-def test_convolutions_are_measured_with_what_makes_them_slow():
+@pytest.mark.parametrize("measure", [lambda mesh: profiling._window_s(mesh, 1e30), profiling._odd_tap_s])
+def test_convolutions_are_measured_by_programs_that_have_them(measure, monkeypatch):
+    """What is compared are as many convolutions on one side as on the other, and none is folded away."""
+    compared = []
+    monkeypatch.setattr(profiling, "_paired", lambda *steps: compared.extend(steps) or 8e-3)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    for measure in (profiling._window_s, profiling._odd_tap_s):
-        assert 0 <= measure(mesh) < 1e-5
+    assert 0 < measure(mesh) < 1e-5
+    texts = [step.lower(x).compile().as_text() for step, x in compared]
+    contractions = [len(re.findall(r" (?:convolution|dot)\(", text)) for text in texts]
+    assert contractions == [profiling._TIMES] * 2
+    assert " convolution(" in texts[0]
+
+
+def update_s(step, *shapes: tuple[int, ...]) -> float:
+    """Seconds of element-wise work on whole arrays of one device of eight, less what it takes to start."""
+    specs = (P(),) * len(shapes) if len(shapes) > 1 else P()
+    found = alpa.parallelize(step, method=alpa.ManualParallel(specs, out_specs=P(), mesh_shape=(8,)))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return found.plan(*arguments, cluster=EMULATED).predicted.compute_time_s - PROFILE.kernel_s
+
+
+def test_element_wise_work_reads_arguments_once_and_writes_results_once():
+    n, passed, work = 512 * 512, 4 / PROFILE.bytes_per_s, PROFILE.simple_s
+    square = (512, 512)
+    assert update_s(lambda p, g: p - 0.1 * g, square, square) == pytest.approx(n * (3 * passed + 2 * work), rel=1e-6)
+    assert update_s(lambda x: x * x, square) == pytest.approx(
+        n * (2 * passed + work), rel=1e-6
+    )  # two operands, one read
+
+
+def test_arguments_are_read_as_often_as_a_loop_runs():
+    def step(x, y):
+        return jax.lax.fori_loop(0, 10, lambda _, x: jnp.sin(x) + y, x)
+
+    graph = trace(step, [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 2).graph
+    assert Liveness(graph, frozenset()).passes(graph.arguments[1]) == 10

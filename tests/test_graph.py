@@ -246,6 +246,9 @@ def test_convolution_splits_batch_and_features_only():
     assert (op.rule.operands[0][0], op.rule.operands[1][3], op.rule.operands[1][2]) == (batch, features, (channels,))
     assert op.rule.reduction == {channels}
     assert {*rows, *columns} <= op.rule.fixed
+    window = [op.rule.sizes[f] for dim in op.rule.operands[1][:2] for f in dim]
+    assert math.prod(window) == 9
+    assert {f for dim in op.rule.operands[1][:2] for f in dim} <= op.rule.fixed
     assert not {*batch, *features} & op.rule.fixed
 
 

@@ -32,6 +32,17 @@ def session():
     alpa.shutdown()
 
 
+@pytest.mark.parametrize("specs", [(P("x"),), P("x"), [P("x")]])
+@pytest.mark.parametrize("nested", [False, True])
+def test_specs_of_a_single_argument(specs, nested):
+    """Also where it is a tuple of one, as the states of optimizers can be."""
+    method = alpa.ManualParallel(specs, mesh_shape=(8,))
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    step = alpa.parallelize((lambda x: x[0] * 2) if nested else (lambda x: x * 2), method=method)
+    plan = step.plan((x,) if nested else x, cluster=CLUSTER)
+    assert list(plan.shardings.values()) == [P("x"), P("x")]  # of the argument and of the result
+
+
 def plan_of(task, method, cluster=None):
     return alpa.parallelize(task.step, method=method).plan(
         jax.eval_shape(task.init), task.abstract_batch(), cluster=cluster

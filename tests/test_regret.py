@@ -49,10 +49,16 @@ def test_verdict_by_hand():
     assert found.rank == pytest.approx(0.5)
     assert found.time_error == pytest.approx(np.mean([10 / 15, 7.5 / 13.5, 22 / 30]))
     assert found.memory_error == pytest.approx(0.1)
-    assert found.repeats == pytest.approx(1)
-    slower = regret.judge(rows, times, machine=1.5)
-    assert slower.steady_error == pytest.approx(np.mean([7.5 / 15, 4.5 / 13.5, 18 / 30]))
-    assert slower.time_error == found.time_error == found.steady_error
+    assert found.reachable == pytest.approx(1)
+
+
+def test_noise_limits_the_rank_that_can_be_reached():
+    """The halves of the rounds agree on three plans of four: 1 - 6·2/(4·15) = 0.8."""
+    times = np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]])
+    rows = [row(n, 1.0, 1.0) for n in "abcd"]
+    assert regret.judge(rows, times).reachable == pytest.approx((2 * 0.8 / 1.8) ** 0.5)
+    assert regret.judge(rows, np.array([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])).reachable == 0
+    assert np.isnan(regret.judge(rows, times[:1]).reachable)
 
 
 def test_luck_in_half_of_the_rounds_is_no_regret():
