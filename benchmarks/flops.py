@@ -35,9 +35,10 @@ def model_flops(task: Task) -> float:
     """Model FLOPs of a step: three times those of the matrix products and convolutions of its forward pass.
 
     They are read from the operator graph, 2 per multiply-add, loops as often as they run; the backward pass takes each
-    product twice, once for what went in and once for the weights. For a transformer that is 6 N D for N parameters in
-    matrices and D tokens (Kaplan et al. 2020, section 2.1) plus 12 L S² B D for the attention of L layers (Chowdhery
-    et al. 2022, appendix B, which leaves out what is computed twice). So give a task that recomputes nothing.
+    product twice, once for what went in and once for the weights. (Its own ops are not counted: those of a strided
+    convolution multiply zeros.) For a transformer that is 6 N D for N parameters in matrices and D tokens (Kaplan et
+    al. 2020, section 2.1) plus 12 L S² B D for the attention of L layers (Chowdhery et al. 2022, appendix B, which
+    leaves out what is computed twice). So give a task that recomputes nothing.
     """
     graph = trace(task.step, (jax.eval_shape(task.init), task.abstract_batch())).graph
     ops = [op for op in graph.ops if op.name in CONTRACTIONS]

@@ -39,7 +39,7 @@ _EMULATED = "cpu"
 """What JAX calls the devices that it emulates; their compiler has no reduce-scatter."""
 
 
-_CLEARLY = 0.01
+_CLEARLY = 0.02
 """The share of a step that a mesh of more axes must save. Predictions are off by more than that, and what they leave
 out, such as copies into the order that a kernel wants, grows with the number of dims that are cut."""
 

@@ -143,16 +143,6 @@ def test_flops_by_hand(name):
     assert op.flops == flops
 
 
-def test_gradients_of_a_strided_convolution_have_its_flops():
-    """The one of the images reads them with zeros in between, which nobody multiplies."""
-
-    def step(x, k):
-        return jax.grad(lambda x, k: jnp.sum(convolve(x, k, "SAME", 2) ** 2), argnums=(0, 1))(x, k)
-
-    found = ops(step, IMAGES, KERNEL, name="convolution")
-    assert [op.flops for op in found] == 3 * [FLOPS["strided convolution"][2]]
-
-
 def test_flops_of_a_grouped_convolution():
     op = one(lambda x, k: convolve(x, k, groups=2), IMAGES, KERNEL[:, :, :2], name="convolution")
     assert op.flops == 2 * (2 * 6 * 6 * 8) * (3 * 3 * 2)  # each feature sees half of the channels
