@@ -28,7 +28,7 @@ from alpa_like.errors import AlpaError, CommandError
 __all__ = ["DEFAULT_ARGS", "DEFAULT_STEP", "Target", "TheirCode", "load_target"]
 
 DEFAULT_STEP, DEFAULT_ARGS = "train_step", "example_args"
-_OURS = ("alpa_like", "jax", "importlib", "_frozen_importlib", "_frozen_importlib_external", "inspect")
+_OURS = ("alpa_like", "jax", "importlib", "_frozen_importlib", "_frozen_importlib_external", "inspect", "contextlib")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,12 @@ def _is_file(place: str) -> bool:
 
 def _from_file(path: Path) -> ModuleType:
     """The module that a file makes, with its folder on the import path as in `python FILE`."""
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder; name a file in it, as FILE.py:FUNCTION")
     if not path.is_file():
         raise CommandError(f"there is no file {path}; name it as FILE.py:FUNCTION, seen from {Path.cwd()}")
+    if path.suffix == ".json":
+        raise CommandError(f"{path} is no Python file; to see a plan use `alpa-like show {path}`")
     loader = SourceFileLoader(f"planned_{path.stem}", str(path.resolve()))
     spec = importlib.util.spec_from_file_location(loader.name, path.resolve(), loader=loader)
     assert spec is not None
@@ -127,6 +131,8 @@ def _from_file(path: Path) -> ModuleType:
 def _from_module(name: str) -> ModuleType:
     """A module by its dotted name; the working directory is on the import path, as with `python -m`."""
     folder = Path.cwd()
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise CommandError(f"{name!r} is no file and no module; name a file as FILE.py:FUNCTION, seen from {folder}")
     _search_in(folder)
     with TheirCode(name, also_ours=True):
         try:

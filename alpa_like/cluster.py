@@ -401,7 +401,7 @@ class Cluster:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ClusterError(
                 f"this is no cluster as Cluster.to_json writes it ({type(error).__name__}: {error}); "
-                "write it again with this version"
+                "compare it with what `alpa-like clusters dgx-a100 --json` writes"
             ) from error
         if unknown := sorted(data.keys() - {f.name for f in fields(cls)}):
             raise ClusterError(f"a cluster has no {unknown[0]!r}; take it out, or correct the name")

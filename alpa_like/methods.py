@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from alpa_like.errors import MethodError, PlanError
 from alpa_like.graph import meets_batch
 from alpa_like.plan import Spec, partition_spec
+from alpa_like.texts import counted
 from alpa_like.tracer import Trace
 
 __all__ = [
@@ -248,11 +249,11 @@ class ManualParallel(Method):
         names, graph = self.names(mesh_shape), trace.graph
         tensors: dict[tuple[int, str], Spec] = {}
         sides = (
-            (self.in_specs, trace.in_tree, trace.arguments, graph.arguments, "home"),
-            (self.out_specs, trace.out_tree, trace.results, graph.results, "out"),
+            ("in_specs", self.in_specs, trace.in_tree, trace.arguments, graph.arguments, "home"),
+            ("out_specs", self.out_specs, trace.out_tree, trace.results, graph.results, "out"),
         )
-        for given, tree, leaves, ids, version in sides:
-            for leaf, tensor, spec in zip(leaves, ids, _broadcast(given, tree), strict=True):
+        for what, given, tree, leaves, ids, version in sides:
+            for leaf, tensor, spec in zip(leaves, ids, _broadcast(what, given, tree), strict=True):
                 if spec is not None:
                     tensors[(tensor, version)] = to_spec(spec, names, leaf.path, leaf.shape, mesh_shape)
         for a, r in trace.stored:
@@ -283,12 +284,20 @@ class _Entry:
     spec: Any
 
 
-def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
-    """One spec per leaf from a pytree prefix of specs."""
+def _broadcast(what: str, given: Any, tree: Any) -> list[PartitionSpec | None]:
+    """One spec per leaf from a pytree prefix of specs; `what` is the option that they are of."""
     if given is None:
         return [None] * tree.num_leaves
+    if isinstance(given, str):
+        raise MethodError(f"{what}: expected PartitionSpecs, found the text {given!r}; write P({given!r})")
     full = jax.tree_util.tree_unflatten(tree, range(tree.num_leaves))
     if isinstance(given, Sequence) and not _is_spec(given) and isinstance(full, tuple):
+        if len(given) != len(full):
+            of = "argument" if what == "in_specs" else "part of the result"
+            raise MethodError(
+                f"{what} has {counted(len(given), 'entry', 'entries')} for {counted(len(full), of)}; "
+                "give one for each, or one spec for all"
+            )
         given = tuple(given)
     try:
         found = jax.tree.map(
@@ -296,7 +305,9 @@ def _broadcast(given: Any, tree: Any) -> list[PartitionSpec | None]:
         )
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise MethodError(f"the specs are no tree prefix of what they are for: {reason[:400]}") from None
+        raise MethodError(
+            f"{what} must be a tree of PartitionSpecs and None, like what it is for or a prefix of that: {reason[:400]}"
+        ) from None
     flat = jax.tree.leaves(found)
     if len(flat) != tree.num_leaves:
         raise MethodError(f"expected specs for {tree.num_leaves} leaves, found {len(flat)}")
@@ -318,7 +329,8 @@ def to_spec(
     if not isinstance(spec, PartitionSpec):
         raise MethodError(f"{where}: expected a PartitionSpec or None, found {spec!r}")
     if len(spec) > len(shape):
-        raise MethodError(f"{where}: {spec} has {len(spec)} entries, but the tensor has shape {shape}")
+        entries = counted(len(spec), "entry", "entries")
+        raise MethodError(f"{where}: {spec} has {entries}, but the tensor has shape {shape}; give at most one per dim")
     found: list[tuple[int, ...]] = []
     for entry in (*spec, *(None,) * (len(shape) - len(spec))):
         axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
@@ -336,7 +348,7 @@ def to_spec(
         if shape[dim] % parts:
             raise MethodError(
                 f"{where}: dim {dim} of shape {shape} is to be split over {parts} devices by {spec}, "
-                "which does not divide it"
+                "which does not divide it; arguments and results are split evenly or not at all, so leave the dim whole"
             )
     return tuple(found)
 

@@ -208,6 +208,19 @@ class Predicted:
     traffic_bytes: dict[str, float]
     peak_memory_bytes: float
 
+    def verify(self) -> None:
+        """Raise `PlanError` for what nothing can take."""
+        figures = {name: getattr(self, name) for name in ("step_time_s", "compute_time_s", "communication_time_s")}
+        figures |= {
+            "peak_memory_bytes": self.peak_memory_bytes,
+            **{f"traffic of {k}": v for k, v in self.traffic_bytes.items()},
+        }
+        for name, value in figures.items():
+            if not 0 <= value < math.inf:
+                raise PlanError(
+                    f"the predicted {name} must be at least 0 and finite, found {value}; save the plan again"
+                )
+
     @property
     def total_traffic_bytes(self) -> float:
         return sum(self.traffic_bytes.values())
@@ -335,6 +348,7 @@ class Plan:
         """This plan, or `PlanError` where it breaks a rule."""
         if not self.stages:
             raise PlanError("a plan needs at least one stage")
+        self.predicted.verify()
         self._verify_pieces()
         for stage in self.stages:
             stage.verify()

@@ -157,6 +157,8 @@ def enforce_piece(module: Any, stage: StagePlan) -> None:
 def _insert(module: Any, reading: stablehlo.Reading, stage: StagePlan) -> None:
     for pin in stage.pins:
         _check_pin(pin, reading.graph)
+    if not (stage.pins or stage.sums or stage.accumulators):  # a program without arrays has no device mesh
+        return stablehlo.strip(reading)
     with module.context, ir.Location.unknown():
         writer = _Writer(reading, stage.axis_names, _mesh_symbol(module))
         for pin in stage.pins:

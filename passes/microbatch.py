@@ -102,7 +102,9 @@ def split_batch(trace: Trace, num_micro_batches: int, *, statistics: str = "erro
     With statistics="micro_batch" batch statistics are taken per micro-batch; otherwise they are a `TraceError`.
     """
     size = batch_size(trace)
-    if num_micro_batches < 1 or size % num_micro_batches or not size:
+    if not size:
+        raise MethodError("the batch has 0 examples; a pipeline needs one for each micro-batch, at least")
+    if num_micro_batches < 1 or size % num_micro_batches:
         raise MethodError(
             f"num_micro_batches is {num_micro_batches}, which does not divide the batch of {size} examples; "
             f"choose one of {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"

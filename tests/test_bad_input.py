@@ -126,7 +126,7 @@ PLANS = {  # a method, the error, words
         ["batch", "3 entries", "(16, 8)"],
     ),
     "order of axes": (lambda: manual(in_specs=(None, P(("y", "x")))), alpa.MethodError, ["batch", "order of the mesh"]),
-    "a result": (lambda: manual(out_specs=(None, P("x"))), alpa.MethodError, ["result[1]", "1 entries", "()"]),
+    "a result": (lambda: manual(out_specs=(None, P("x"))), alpa.MethodError, ["result[1]", "1 entry", "()"]),
     "a constraint": (lambda: manual(constraints={"*dot*": P("q")}), alpa.MethodError, ["'*dot*'", "'q'"]),
     "another tree": (lambda: manual(in_specs=({"v": P()}, None)), alpa.MethodError, ["specs", "'v'", "'w'"]),
     "too few": (lambda: manual(in_specs=(None,)), alpa.MethodError, ["specs", "1", "2"]),

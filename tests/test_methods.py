@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import alpa_like as alpa
 from alpa_like import models
+from alpa_like.errors import MethodError
 from alpa_like.passes import planner
 from alpa_like.tracer import trace
 
@@ -41,6 +42,30 @@ def test_specs_of_a_single_argument(specs, nested):
     step = alpa.parallelize((lambda x: x[0] * 2) if nested else (lambda x: x * 2), method=method)
     plan = step.plan((x,) if nested else x, cluster=CLUSTER)
     assert list(plan.shardings.values()) == [P("x"), P("x")]  # of the argument and of the result
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ((P(),), "in_specs has 1 entry for 2 arguments; give one for each"),
+        ((P(), P(), P()), "in_specs has 3 entries for 2 arguments"),
+        ("x", r"found the text 'x'; write P\('x'\)"),
+        (({"a": P()}, None), "in_specs must be a tree of PartitionSpecs and None"),
+        ((P("x", None, None), None), "has 3 entries, but the tensor has shape .16, 4.; give at most one per dim"),
+        ((P(None, "x"), None), "does not divide it; arguments and results are split evenly or not at all"),
+    ],
+)
+def test_specs_that_do_not_fit_are_named(specs, message):
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    step = alpa.parallelize(lambda w, x: (w, x), method=alpa.ManualParallel(specs, mesh_shape=(8,)))
+    with pytest.raises(MethodError, match=message):
+        step.plan(x, x, cluster=CLUSTER)
+
+
+@pytest.mark.parametrize(("function", "arguments"), [(lambda s: s, ({},)), (lambda s: s, ((),)), (lambda: (), ())])
+def test_functions_without_arrays_return_what_they_return(function, arguments):
+    step = alpa.parallelize(function)
+    assert step(*arguments) == jax.jit(function)(*arguments)
 
 
 def plan_of(task, method, cluster=None):
@@ -248,9 +273,9 @@ def test_auto_finds_the_best_of_all_meshes(devices):
 @pytest.mark.parametrize(
     ("times", "kept"),
     [
-        ({(8,): 1.0, (2, 4): 0.998, (4, 2): 0.997}, (8,)),
-        ({(8,): 1.0, (2, 4): 0.99, (4, 2): 0.989, (2, 2, 2): 0.986}, (4, 2)),
-        ({(8,): 1.0, (2, 4): 0.99, (4, 2): 1.1, (2, 2, 2): 0.98}, (2, 2, 2)),
+        ({(8,): 1.0, (2, 4): 0.99, (4, 2): 0.985}, (8,)),
+        ({(8,): 1.0, (2, 4): 0.97, (4, 2): 0.969, (2, 2, 2): 0.955}, (4, 2)),
+        ({(8,): 1.0, (2, 4): 0.97, (4, 2): 1.1, (2, 2, 2): 0.94}, (2, 2, 2)),
     ],
 )
 def test_a_mesh_of_more_axes_must_be_clearly_faster(times, kept):

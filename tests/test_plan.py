@@ -202,12 +202,18 @@ def broken(**changes):
     return replace(PLAN, stages=(replace(STAGE, **changes),))
 
 
+def predicted(**changes):
+    return replace(PLAN, predicted=replace(PLAN.predicted, **changes))
+
+
 def placed(spec, shape=(16, 1024)):
     return (Placed("batch['x']", shape, "float32", spec),)
 
 
 BROKEN = {
     "no stage": (lambda: replace(PLAN, stages=()), "needs at least one stage"),
+    "time": (lambda: predicted(step_time_s=-5.0), "step_time_s must be at least 0 and finite, found -5"),
+    "memory": (lambda: predicted(peak_memory_bytes=-1.0), "peak_memory_bytes must be at least 0"),
     "names": (lambda: broken(axis_names=("data",)), "needs one name per axis"),
     "equal names": (lambda: broken(axis_names=("data", "data")), "needs one name per axis"),
     "devices": (lambda: broken(devices=(0, 4)), "does not have 4 devices"),
