@@ -50,7 +50,7 @@ __all__ = ["JaxDevice", "cache_dir", "local_cluster", "measure"]
 _log = logging.getLogger(__name__)
 
 # Raise it when a measurement changes its meaning: files of other formats are measured anew.
-_FORMAT = 6
+_FORMAT = 7
 
 # Clusters whose file could not be written, so that one process sees one set of figures all the same.
 _unwritten: dict[str, Cluster] = {}

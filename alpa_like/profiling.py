@@ -322,7 +322,18 @@ def _calls_among(mesh: Mesh, members: int) -> list[CallTime]:
         return [max(1e-9, _paired(*pair)) / _COLLECTIVES_IN_A_ROW for pair in pairs]
 
     sizes = [4.0 * rows * width for rows, width in shapes]
-    return [_fitted(kind, members, sizes, extra(step)) for kind, step in _COLLECTIVES.items()]
+    return _alike([_fitted(kind, members, sizes, extra(step)) for kind, step in _COLLECTIVES.items()])
+
+
+def _alike(calls: list[CallTime]) -> list[CallTime]:
+    """The same calls with the latencies of the median one.
+
+    What a small collective takes is that devices meet, whatever they then do. Latencies of one kind vary by half from
+    one calibration to the next, and where they differ by noise a planner puts the kind that looks cheap for the other.
+    """
+    latency = statistics.median(call.latency_s for call in calls)
+    queued = statistics.median(call.latency_s if call.queued_s is None else call.queued_s for call in calls)
+    return [replace(call, latency_s=latency, queued_s=min(latency, queued)) for call in calls]
 
 
 def _buffer_shape(nbytes: int, members: int) -> tuple[int, int]:

@@ -233,6 +233,15 @@ def test_calls_are_fitted_through_a_small_and_a_large_buffer(monkeypatch: pytest
         assert call.queued_s == pytest.approx(5e-6, rel=0.1)
 
 
+def test_kinds_of_collectives_wait_alike():
+    calls = [CallTime(kind, 8, latency, 1e9 * latency, queued) for kind, latency, queued in (
+        ("all-gather", 3.0, 2.5), ("all-reduce", 9.0, 1.0), ("all-to-all", 2.0, 2.0),
+    )]  # fmt: skip
+    found = profiling._alike(calls)
+    assert {(call.latency_s, call.queued_s) for call in found} == {(3.0, 2.0)}
+    assert [call.bytes_per_s for call in found] == [3e9, 9e9, 2e9]
+
+
 def test_a_pair_is_the_median_of_differences(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(profiling, "_PAIRS", 7)
     runs = [[90, 1], [70, 1], *[[3, 1]] * 6]  # the first pair compiles, the second meets others
