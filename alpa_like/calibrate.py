@@ -13,8 +13,8 @@ median of pairs of runs. Measured are
     profile              what a kernel takes at least, and one of the library; simple and costly element-wise functions,
                          and the bytes that they read and write; what matmuls read and write beside their arithmetic,
                          and what they take longer to read by columns; what convolutions take longer that make gradients
-                         of windows, or go over an odd number of channels; every kind of collective among 2, 4, …
-                         devices, as latencies and a bandwidth of its own (emulated devices only: these meet in shared
+                         of windows, or go over an odd number of channels; collectives among 2, 4, … devices, as
+                         latencies of all kinds and a bandwidth of each (emulated devices only: these meet in shared
                          memory, without a ring)
 
 The result is a JSON file in `$ALPA_LIKE_CACHE_DIR`, else `$XDG_CACHE_HOME/alpa_like`, else `~/.cache/alpa_like`, one

@@ -293,9 +293,9 @@ def _broadcast(what: str, given: Any, tree: Any) -> list[PartitionSpec | None]:
     full = jax.tree_util.tree_unflatten(tree, range(tree.num_leaves))
     if isinstance(given, Sequence) and not _is_spec(given) and isinstance(full, tuple):
         if len(given) != len(full):
-            of = "argument" if what == "in_specs" else "part of the result"
+            of = "argument" if what == "in_specs" else "result"
             raise MethodError(
-                f"{what} has {counted(len(given), 'entry', 'entries')} for {counted(len(full), of)}; "
+                f"{what} has {counted(len(given), 'entry')} for {counted(len(full), of)}; "
                 "give one for each, or one spec for all"
             )
         given = tuple(given)
@@ -329,7 +329,7 @@ def to_spec(
     if not isinstance(spec, PartitionSpec):
         raise MethodError(f"{where}: expected a PartitionSpec or None, found {spec!r}")
     if len(spec) > len(shape):
-        entries = counted(len(spec), "entry", "entries")
+        entries = counted(len(spec), "entry")
         raise MethodError(f"{where}: {spec} has {entries}, but the tensor has shape {shape}; give at most one per dim")
     found: list[tuple[int, ...]] = []
     for entry in (*spec, *(None,) * (len(shape) - len(spec))):

@@ -210,12 +210,9 @@ class Predicted:
 
     def verify(self) -> None:
         """Raise `PlanError` for what nothing can take."""
-        figures = {name: getattr(self, name) for name in ("step_time_s", "compute_time_s", "communication_time_s")}
-        figures |= {
-            "peak_memory_bytes": self.peak_memory_bytes,
-            **{f"traffic of {k}": v for k, v in self.traffic_bytes.items()},
-        }
-        for name, value in figures.items():
+        figures = asdict(self)
+        traffic: dict[str, float] = figures.pop("traffic_bytes")
+        for name, value in (*figures.items(), *((f"{kind} traffic", sent) for kind, sent in traffic.items())):
             if not 0 <= value < math.inf:
                 raise PlanError(
                     f"the predicted {name} must be at least 0 and finite, found {value}; save the plan again"

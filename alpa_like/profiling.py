@@ -333,7 +333,7 @@ def _alike(calls: list[CallTime]) -> list[CallTime]:
     """
     latency = statistics.median(call.latency_s for call in calls)
     queued = statistics.median(call.latency_s if call.queued_s is None else call.queued_s for call in calls)
-    return [replace(call, latency_s=latency, queued_s=min(latency, queued)) for call in calls]
+    return [replace(call, latency_s=latency, queued_s=queued) for call in calls]
 
 
 def _buffer_shape(nbytes: int, members: int) -> tuple[int, int]:

@@ -16,10 +16,10 @@ def bytes_text(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def counted(n: int, name: str, many: str | None = None) -> str:
-    """`1 stage`, `8 micro-batches`; `many` where that is no plural of this kind."""
-    if many is not None:
-        return f"{n} {name if n == 1 else many}"
+def counted(n: int, name: str) -> str:
+    """`1 stage`, `8 micro-batches`, `2 entries`."""
+    if n != 1 and name.endswith("y"):
+        return f"{n} {name.removesuffix('y')}ies"
     return f"{n} {name}{'' if n == 1 else 'es' if name.endswith('ch') else 's'}"
 
 

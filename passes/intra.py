@@ -371,13 +371,13 @@ class _Builder:
             return share * op.flops * _TIE_BREAK_S_PER_BYTE
         tensors = zip((*op.rule.operands, *op.rule.results), sizes, strict=True)
         nbytes = [_local_elements(dims, local, shape) * bits / 8 for dims, (shape, bits) in tensors]
-        touched = _touched(op.name, nbytes)
+        touched, flops = _touched(op.name, nbytes), op.flops * share
         if op.name not in _CONTRACTIONS:
             launch_s = self.cost.library_s if op.name == "stablehlo.reduce" else self.cost.launch_s
-            return launch_s + self.cost.elementwise_s(op.flops * share, 0.0, touched)
-        seconds = self.cost.kernel_s(op.flops * share, touched, dtype)
+            return launch_s + self.cost.elementwise_s(flops, 0.0, touched)
+        seconds = self.cost.kernel_s(flops, touched, dtype)
         if op.name == "stablehlo.convolution":
-            return seconds + self.convolution_s(op, local, op.flops * share, sizes[0][1])
+            return seconds + self.convolution_s(op, local, flops, sizes[0][1])
         return seconds + (self.other_order_s(op, strategy, local, sizes[0][1]) if _turned(op, local) else 0.0)
 
     def convolution_s(self, op: Op, local: list[int], flops: float, bits: int) -> float:

@@ -182,11 +182,14 @@ def test_zero_spreads_over_copies_only() -> None:
     """Experts of which each device has its own are not spread further; Adam updates them all there."""
     cluster, sparse = alpa.Cluster.p3_16xlarge().part(1, 2), MoEConfig(512, 64, 64, 4, 4, num_experts=4)
     s = shares(sparse, ONE, 1, 2)
-    base = megatron.Baseline(0.0, 0.0, 1, 2, 2, 1, 1, 1, remat=False, zero=0)
-    plain, spread = (megatron._Layout(sparse, cluster, replace(base, zero=zero)).memory_bytes() for zero in (0, 2))
+    every = list(megatron.candidates(sparse, 2, cluster, replace(megatron.EXPERT_PARALLEL, tensor=(1,))))
+    plain, spread = (
+        next(c for c in every if (c.expert, c.tensor, c.rows, c.remat, c.zero) == (2, 1, 1, False, zero))
+        for zero in (0, 2)
+    )
     units = sparse.num_layers // 2
     dense = units * (s.unit_params - s.unit_experts) + s.rest_params
-    assert plain - spread == pytest.approx(12 * dense / 2)
+    assert plain.memory_bytes - spread.memory_bytes == pytest.approx(12 * dense / 2)
 
 
 def test_the_best_of_the_grid_fits(monkeypatch: pytest.MonkeyPatch) -> None:

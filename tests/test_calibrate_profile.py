@@ -429,9 +429,8 @@ def test_element_wise_work_reads_arguments_once_and_writes_results_once():
     n, passed, work = 512 * 512, 4 / PROFILE.bytes_per_s, PROFILE.simple_s
     square = (512, 512)
     assert update_s(lambda p, g: p - 0.1 * g, square, square) == pytest.approx(n * (3 * passed + 2 * work), rel=1e-6)
-    assert update_s(lambda x: x * x, square) == pytest.approx(
-        n * (2 * passed + work), rel=1e-6
-    )  # two operands, one read
+    # Two operands, but one read.
+    assert update_s(lambda x: x * x, square) == pytest.approx(n * (2 * passed + work), rel=1e-6)
 
 
 def test_arguments_are_read_as_often_as_a_loop_runs():

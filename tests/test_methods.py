@@ -62,6 +62,13 @@ def test_specs_that_do_not_fit_are_named(specs, message):
         step.plan(x, x, cluster=CLUSTER)
 
 
+def test_specs_of_too_few_results_are_named():
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    step = alpa.parallelize(lambda x: (x, 2 * x), method=alpa.ManualParallel(out_specs=(P(),), mesh_shape=(8,)))
+    with pytest.raises(MethodError, match="out_specs has 1 entry for 2 results; give one for each"):
+        step.plan(x, cluster=CLUSTER)
+
+
 @pytest.mark.parametrize(("function", "arguments"), [(lambda s: s, ({},)), (lambda s: s, ((),)), (lambda: (), ())])
 def test_functions_without_arrays_return_what_they_return(function, arguments):
     step = alpa.parallelize(function)
